@@ -1,0 +1,5 @@
+"""`python -m moeforge` is the same command."""
+
+from .cli import main
+
+main()

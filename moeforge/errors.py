@@ -1,0 +1,76 @@
+"""Errors a user can cause, and the exit code that each one ends the process with.
+
+A leaf module: it imports nothing of ours, and every package may import it.
+
+An error message has three parts in one line: what was asked, what was found (values, file, tensor), what to do.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every verb. Scripts may rely on them."""
+
+    OK = 0
+    """Done, or already up to date."""
+    FAILED = 1
+    """The work itself failed."""
+    USAGE = 2
+    """The command line or the config file is wrong."""
+    BAD_INPUT = 3
+    """No input artifact, or one that is damaged or not of the kind the verb takes."""
+    GATE = 4
+    """A quality gate refused: an equality proof failed, a loss is above its bound, a search found nothing."""
+    MACHINE = 5
+    """The machine lacks something: accelerator, memory, disk."""
+    INTERRUPTED = 130
+    """Ctrl-C or SIGTERM."""
+    READER_GONE = 141
+    """The next stage of the pipe has died."""
+
+
+class MoeforgeError(Exception):
+    """Base of every error that is shown as one line instead of a traceback."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UsageProblem(MoeforgeError):
+    """The options contradict each other or name something that does not exist."""
+
+    exit_code = ExitCode.USAGE
+
+
+class BadInput(MoeforgeError):
+    """The input artifact is missing, damaged, hostile, or not what the verb takes."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class GateRefused(MoeforgeError):
+    """The work was done but its result did not pass the check that was asked for."""
+
+    exit_code = ExitCode.GATE
+
+
+class MachineLacks(MoeforgeError):
+    """The machine has too little of something."""
+
+    exit_code = ExitCode.MACHINE
+
+
+class Interrupted(MoeforgeError):
+    """The user stopped the run; what was finished can be resumed."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class ReaderGone(MoeforgeError):
+    """The process that would have read our output is dead, so the work stops."""
+
+    exit_code = ExitCode.READER_GONE
+
+
+def one_line(text: object) -> str:
+    """`text` with every run of white space, line breaks included, folded to one space."""
+    return " ".join(str(text).split())

@@ -1,0 +1,1 @@
+"""One run of one verb: an artifact reference in, a stage, an artifact reference out."""

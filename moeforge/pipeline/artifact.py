@@ -1,0 +1,180 @@
+"""What travels through a pipe: a reference to an artifact, never its tensors.
+
+An artifact is a directory (or one file) with a manifest `moeforge.json`, written last: a directory that has one is
+whole. References are one line of JSON on stdout. Plans travel the same way, so that a whole pipeline can be costed
+before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+
+SCHEMA = 1
+MANIFEST = "moeforge.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A resolved reference to a stage's input or output.
+
+    Attributes:
+        kind: `checkpoint`, `adapter`, `gguf`, `receipt`, `plan`, ...
+        ref: what to hand to `moeforge.checkpoint.open_checkpoint`: an absolute path or `org/name@revision`.
+        path: the local path, None for a Hub id or a plan.
+        digest: the output digest recorded in the manifest (`sha256:...`), if there is one.
+        manifest: the parsed `moeforge.json`, None for sources that moeforge did not write.
+        plan: for kind `plan`: the planned checkpoint as `{"config": {...}, "tensors": {name: [dtype, shape]}, ...}`.
+    """
+
+    kind: str
+    ref: str
+    path: Path | None = None
+    digest: str | None = None
+    verb: str | None = None
+    manifest: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
+
+    def line(self) -> str:
+        """The reference as it goes through a pipe: one line of JSON without its newline."""
+        body: dict[str, Any] = {"moeforge": SCHEMA, "kind": self.kind}
+        if self.path is not None:
+            body["path"] = str(self.path)
+        else:
+            body["ref"] = self.ref
+        body |= {k: v for k, v in (("digest", self.digest), ("verb", self.verb), ("plan", self.plan)) if v is not None}
+        return json.dumps(body, separators=(",", ":"))
+
+
+def parse_line(text: str) -> Artifact:
+    """The artifact named by the last non-empty line of a pipe: a JSON reference, or a bare path or Hub id.
+
+    Raises:
+        BadInput: empty text (the stage before failed), broken JSON, or a newer major version.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise BadInput(
+            "stdin was empty: the stage before this one failed or printed no reference; see its message above"
+        )
+    last = lines[-1]
+    if not last.startswith("{"):
+        return locate(last)
+    try:
+        body = json.loads(last)
+    except json.JSONDecodeError as error:
+        raise BadInput(
+            f"stdin is not an artifact reference: {error}; expected the last line of another moeforge verb"
+        ) from error
+    if body.get("moeforge") != SCHEMA:
+        raise BadInput(f"stdin holds a reference of version {body.get('moeforge')!r}, this moeforge reads version {SCHEMA}; "
+                       "use the same release at both ends of the pipe")  # fmt: skip
+    if body.get("kind") == "plan":
+        if not isinstance(body.get("plan"), dict):
+            raise BadInput("stdin holds a plan reference without a plan")
+        return Artifact("plan", str(body.get("ref", "-")), verb=body.get("verb"), plan=body["plan"])
+    where = body.get("path") or body.get("ref")
+    if not isinstance(where, str):
+        raise BadInput("stdin holds a reference that names neither a path nor a Hub id")
+    found = locate(where)
+    if body.get("digest") and found.digest and body["digest"] != found.digest:
+        raise BadInput(
+            f"{where} changed since the stage before wrote it: digest {found.digest}, reference says {body['digest']}"
+        )
+    return found
+
+
+def locate(ref: str) -> Artifact:
+    """The artifact at a directory, its `moeforge.json`, a file, or a Hub id (which is not contacted here).
+
+    Raises:
+        BadInput: a path that does not exist, or a manifest that cannot be read.
+    """
+    path = Path(ref).expanduser()
+    if path.name == MANIFEST:
+        path = path.parent
+    if path.exists():
+        path = path.resolve()
+        manifest = read_manifest(path) if path.is_dir() else None
+        if manifest is None:
+            kind = "gguf" if path.suffix == ".gguf" else "checkpoint"
+            if path.is_dir() and (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+                kind = "adapter"
+            return Artifact(kind, str(path), path)
+        return Artifact(manifest["kind"], str(path), path, manifest.get("digest"), manifest.get("verb"), manifest)
+    name = ref.partition("@")[0]
+    if name.count("/") == 1 and not ref.startswith((".", "/", "~")) and path.suffix != ".gguf":
+        return Artifact("checkpoint", ref)
+    if Path(str(path) + ".partial").exists():
+        raise BadInput(
+            f"{ref} is unfinished ({path.name}.partial is there): run the command that writes it again, it resumes"
+        )
+    raise BadInput(f"{ref}: no such file or directory, and not a Hub id (org/name)")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of an artifact directory, or None where there is none.
+
+    Raises:
+        BadInput: it is there but is not one that this release can read.
+    """
+    file = directory / MANIFEST
+    try:
+        body = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: unreadable manifest: {error}") from error
+    if not isinstance(body, dict) or body.get("schema") != SCHEMA or not isinstance(body.get("kind"), str):
+        raise BadInput(f"{file}: not a moeforge manifest of schema {SCHEMA}")
+    return body
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A reason why a request cannot be met exactly (or at all), named by the config key or option in the way."""
+
+    key: str
+    """The config key, tensor name or option, e.g. `sliding_window`."""
+    value: Any
+    reason: str
+    """One human sentence."""
+    fatal: bool = True
+    """False when `--allow-inexact` may turn it into a recorded warning."""
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.value!r}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage will do, known before a byte of weights is read.
+
+    `payload` is private to the stage (ops, recipes); everything else is JSON-able and is printed by `--dry-run`.
+    """
+
+    verb: str
+    method: str | None
+    summary: str
+    """One line for people."""
+    config: dict[str, Any] | None = None
+    """The output's config.json, when the output is a checkpoint."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Planned output tensors: name -> (dtype, shape)."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Sizes and counts: parameters_total, parameters_active, read_bytes, write_bytes, peak_memory_bytes, ..."""
+    verdicts: dict[str, Any] = field(default_factory=dict)
+    """Promises: `exact` (bool), `portability` ({runtime: exact|inexact|unsupported}), `allowed_inexact`, ..."""
+    warnings: tuple[str, ...] = ()
+    payload: Any = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verb": self.verb, "method": self.method, "summary": self.summary, "config": self.config,
+            "tensors": {name: [dtype, list(shape)] for name, (dtype, shape) in self.tensors.items()},
+            "facts": self.facts, "verdicts": self.verdicts, "warnings": list(self.warnings),
+        }  # fmt: skip

@@ -1,0 +1,60 @@
+"""Plans and outcomes in words, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..options import format_bytes
+from .artifact import Plan
+
+if TYPE_CHECKING:
+    from .run import Outcome
+
+
+def describe_value(name: str, value: Any) -> str:
+    """A fact's value: `_bytes` as sizes, `parameters*` with millions, nested tables flat."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {describe_value(str(key), inner)}" for key, inner in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return format_bytes(value)
+    if name.startswith("parameters") and isinstance(value, int):
+        return f"{value / 1e9:.3g} B" if value >= 1e9 else f"{value / 1e6:.4g} M"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def rows(table: Mapping[str, Any]) -> list[str]:
+    """`name: value` lines, aligned, underscores as spaces."""
+    width = max((len(name) for name in table), default=0) + 1
+    return [f"  {name.replace('_', ' ') + ':':<{width}} {describe_value(name, value)}" for name, value in table.items()]
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """The human form of `--dry-run`."""
+    lines = [f"plan: {plan.summary}", *rows(plan.facts)]
+    if plan.tensors:
+        lines += rows({"tensors": len(plan.tensors)})
+    if plan.verdicts:
+        lines += ["promises:", *rows(plan.verdicts)]
+    return lines
+
+
+def describe_outcome(outcome: Outcome) -> list[str]:
+    """First the one line for stdout, then what is worth knowing about the run."""
+    artifact, manifest = outcome.artifact, outcome.manifest
+    first = f"{artifact.kind} {artifact.path or artifact.ref}"
+    if outcome.reused:
+        return [first, f"already done: {artifact.path} was written by the same command; nothing to do"]
+    lines = [first, *outcome.notes]
+    timings, files = manifest.get("timings"), manifest.get("files")
+    if timings and files:
+        size = sum(info["bytes"] for info in files.values())
+        lines.append(f"wrote {format_bytes(size)} to {artifact.path} in {timings['seconds']:.1f} s, "
+                     f"peak memory {format_bytes(timings['peak_rss_bytes'])}")  # fmt: skip
+    return lines

@@ -1,0 +1,144 @@
+"""One run of one stage: key, reuse or resume, plan, work, manifest, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.digest import artifact_digest, file_digest
+from ..errors import BadInput
+from .artifact import MANIFEST, Artifact, Plan, locate, read_manifest
+from .context import Context
+from .manifest import build_manifest, run_key, whole
+from .stage import Bound
+from .workspace import JOURNAL, claim, disk_errors, touch_manifest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked of a stage."""
+
+    stage: Any
+    options: Any
+    method: Bound | None
+    output: Path | None
+    force: bool = False
+    owners: tuple[str, ...] = ()
+    """Distributions that provide the stage and the method; their versions are part of the key."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of it."""
+
+    artifact: Artifact
+    manifest: dict[str, Any]
+    reused: bool
+    notes: tuple[str, ...] = ()
+
+
+def home() -> Path:
+    """`$MOEFORGE_HOME`, by default `~/.cache/moeforge`."""
+    return Path(os.environ.get("MOEFORGE_HOME") or "~/.cache/moeforge").expanduser()
+
+
+def pin(src: Artifact, options: Any) -> tuple[Artifact, str]:
+    """The source with a moving Hub branch pinned to its commit, and a digest that identifies its content cheaply.
+
+    Raises:
+        BadInput: it cannot be opened.
+    """
+    if src.kind == "plan":
+        return src, "plan:" + hashlib.sha256(json.dumps(src.plan, sort_keys=True).encode()).hexdigest()
+    if src.digest is not None:
+        return src, src.digest
+    from ..checkpoint import open_checkpoint
+
+    with open_checkpoint(src.ref, allow_pickle=getattr(options, "allow_pickle", False),
+                         dequantize=getattr(options, "dequantize", False)) as checkpoint:  # fmt: skip
+        identity = checkpoint.provenance()
+    if src.path is None and identity.get("revision"):
+        src = Artifact(src.kind, f"{src.ref.partition('@')[0]}@{identity['revision']}", verb=src.verb)
+    return src, identity["digest"]
+
+
+def check_kind(stage: Any, src: Artifact) -> None:
+    """Refuse an artifact that the verb does not take.
+
+    Raises:
+        BadInput: names both kinds.
+    """
+    if src.kind not in stage.consumes and src.kind != "plan":
+        raise BadInput(f"{stage.name} takes {' or '.join(sorted(stage.consumes))}, but {src.ref} is a {src.kind}")
+
+
+def plan_stage(request: Request, src: Artifact) -> Plan:
+    """The stage's plan; pure."""
+    check_kind(request.stage, src)
+    return request.stage.plan(src, request.options, request.method)
+
+
+def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
+    """Do the work, or find it done.
+
+    Raises:
+        MoeforgeError: whatever goes wrong; an unfinished staging directory is left for the next try to resume.
+    """
+    stage = request.stage
+    check_kind(stage, src)
+    src, source_digest = pin(src, request.options)
+    key = run_key(stage.name, src, source_digest, request.options, request.method, request.owners)
+    suffix = ".json" if stage.output == "file" else ""
+    output = request.output or ctx.home / "artifacts" / f"{stage.name}-{key[:16]}{suffix}"
+    output = Path(os.path.abspath(output.expanduser()))
+
+    if stage.output == "directory" and output.is_dir() and not request.force:
+        manifest = read_manifest(output)
+        if manifest is not None and manifest.get("key") == key and whole(output, manifest):
+            touch_manifest(output)
+            return Outcome(locate(str(output)), manifest, reused=True)
+
+    plan = stage.plan(src, request.options, request.method)
+    for warning in plan.warnings:
+        ctx.warn(warning)
+    started = time.monotonic()
+    force = request.force or (stage.output == "file" and _is_ours(output, stage.produces))
+    with claim(output, key, force) as space, disk_errors(output):
+        if space.resumed:
+            ctx.say(f"resuming {output}: {len(space.journal.finished)} finished files are kept")
+        written = stage.run(plan, space, ctx)
+        ctx.check()
+        if stage.output == "file":
+            made = next(path for path in space.path.iterdir() if path.name != JOURNAL)
+            manifest = {
+                "kind": written.kind,
+                "verb": stage.name,
+                "counts": written.counts,
+                **json.loads(made.read_text("utf-8")),
+            }
+            space.finish_file(force)
+            return Outcome(Artifact(written.kind, str(output), output, verb=stage.name), manifest, False, written.notes)
+        files = {}
+        for path in sorted(p for p in space.path.rglob("*") if p.is_file()):
+            name = path.relative_to(space.path).as_posix()
+            if name not in (MANIFEST, JOURNAL):
+                files[name] = {"bytes": path.stat().st_size, "digest": written.digests.get(name) or file_digest(path)}
+        digest = artifact_digest({name: info["digest"] for name, info in files.items()})
+        manifest = build_manifest(key=key, src=src, plan=plan, written=written, options=request.options,
+                                  method=request.method, files=files, digest=digest,
+                                  seconds=time.monotonic() - started, resumed=space.resumed)  # fmt: skip
+        space.finish(manifest, force)
+    return Outcome(locate(str(output)), manifest, False, written.notes)
+
+
+def _is_ours(file: Path, kind: str) -> bool:
+    """Whether an existing output file is an earlier one of the same kind (a receipt may replace a receipt)."""
+    try:
+        return json.loads(file.read_text("utf-8")).get("kind") == kind
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,118 @@
+"""The contracts between the core and a plugin: Stage, Method, Query.
+
+Instances are made by the command line with no arguments; classes must import no torch at module level (import it inside
+`run`). Attributes are class attributes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from .artifact import Artifact, Plan
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A method with its resolved options: what a stage gets as `method`."""
+
+    name: str
+    method: Any
+    options: Any
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `Stage.run` reports about the files that it left in the workspace; the core writes the manifest from it."""
+
+    kind: str
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Measured numbers: tensors, parameters, losses, tokens/s ... Goes into the manifest and the summary."""
+    verdicts: dict[str, Any] = field(default_factory=dict)
+    """What was proven or measured of the result, e.g. {"exact": true, "relative_error": 4e-7}."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """File name -> `sha256:...` where the stage knows it already; the core hashes the files that are missing here."""
+    tensor_digests: dict[str, str] = field(default_factory=dict)
+    """Tensor name -> sha256 (hex), as the writer returns them; lets `verify` name the tensor that changed."""
+    parents: tuple[dict[str, Any], ...] = ()
+    """`Checkpoint.provenance()` of every source."""
+    notes: tuple[str, ...] = ()
+    """Lines for the human summary."""
+
+
+class Stage(Protocol):
+    """A verb that turns an artifact into another artifact."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    api_version: ClassVar[int]
+    consumes: ClassVar[frozenset[str]]
+    """Artifact kinds accepted as SRC."""
+    produces: ClassVar[str]
+    output: ClassVar[Literal["directory", "file"]]
+    """`file`: `-o` names one file (a receipt), written by rename; `Workspace.path` is then a scratch directory whose
+    single file becomes the output."""
+    default_method: ClassVar[str | None]
+    """None: the verb has no methods and takes no `--method`."""
+    Options: ClassVar[type]
+
+    def plan(self, src: Artifact, options: Any, method: Bound | None) -> Plan:
+        """Pure: reads config and headers, writes nothing, imports no torch.
+
+        Raises:
+            BadInput, UsageProblem: what was asked cannot be done; names the key and value in the way.
+        """
+        ...
+
+    def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
+        """Does the work: writes files into `out.path` only."""
+        ...
+
+
+class Method(Protocol):
+    """One way of doing a verb. Each verb adds its own small protocol to this."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+    """Paper or origin; goes to the manifest and the model card."""
+    api_version: ClassVar[int]
+    Options: ClassVar[type]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of a query."""
+
+    data: dict[str, Any]
+    """Printed as one line with `--json` (and whenever stdout is not a terminal if `json_by_default`)."""
+    text: str
+    """Printed otherwise."""
+    exit_code: int = 0
+
+
+class Query(Protocol):
+    """A verb that reads artifacts and answers on stdout; it writes no artifact."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    api_version: ClassVar[int]
+    consumes: ClassVar[frozenset[str]]
+    sources: ClassVar[int]
+    """How many SRC arguments it takes (`diff` takes 2). With 1, SRC may come from stdin."""
+    Options: ClassVar[type]
+
+    def answer(self, sources: list[Artifact], options: Any, ctx: Context) -> Answer: ...
+
+
+def is_stage(cls: type) -> bool:
+    """True for a Stage class, False for a Query class."""
+    return hasattr(cls, "run")
+
+
+__all__ = ["Answer", "Artifact", "Bound", "Method", "Path", "Plan", "Query", "Stage", "Written", "is_stage"]

@@ -1,0 +1,124 @@
+"""Names to objects, without importing anything until it is used.
+
+Two sources, one resolver: `builtins.toml` beside this file (our own plugins, so that a bare checkout works) and the
+entry points of installed distributions. Groups are `moeforge.verbs`, `moeforge.<verb>` (its methods) and
+`moeforge.architectures`. The environment variable MOEFORGE_PLUGINS limits third parties: unset, all load; empty, none;
+else a comma-separated list of distribution names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from importlib import metadata, resources
+from typing import Any
+
+from .errors import UsageProblem
+from .options import did_you_mean
+
+API_VERSION = 1
+OURS = "moeforge"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name that some distribution provides in a group, not yet imported."""
+
+    group: str
+    name: str
+    target: str
+    """`module:object`"""
+    distribution: str
+
+    def load(self) -> Any:
+        """Import and return the object.
+
+        Raises:
+            UsageProblem: it cannot be imported, or was made for another version of the plugin interface.
+        """
+        try:
+            loaded = load_object(self.target)
+        except Exception as error:
+            raise UsageProblem(
+                f"{self.name!r} comes from {self.distribution}, which is broken: {type(error).__name__}: {error}; "
+                f"repair or uninstall {self.distribution}"
+            ) from error
+        wanted = getattr(loaded, "api_version", API_VERSION)
+        if wanted != API_VERSION:
+            raise UsageProblem(
+                f"{self.name!r} from {self.distribution} speaks plugin interface {wanted}, this moeforge speaks "
+                f"{API_VERSION}; install a matching release of {self.distribution}"
+            )
+        return loaded
+
+
+def load_object(target: str) -> Any:
+    """The object named by `module:attribute`."""
+    module, _, attribute = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@functools.cache
+def _builtins() -> dict[str, dict[str, str]]:
+    return tomllib.loads(resources.files("moeforge").joinpath("builtins.toml").read_text("utf-8"))
+
+
+@functools.cache
+def _third_party() -> tuple[Entry, ...]:
+    wanted = os.environ.get("MOEFORGE_PLUGINS")
+    if wanted is not None and not wanted.strip():
+        return ()
+    allowed = None if wanted is None else {_normal(name) for name in wanted.split(",")}
+    found = []
+    points = metadata.entry_points()
+    ours = sorted(group for group in points.groups if group.startswith("moeforge."))
+    for point in (point for group in ours for point in points.select(group=group)):
+        owner = point.dist.name if point.dist is not None else "unknown"
+        if _normal(owner) == OURS or (allowed is not None and _normal(owner) not in allowed):
+            continue
+        found.append(Entry(point.group, point.name, point.value, owner))
+    return tuple(found)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def entries(group: str) -> dict[str, list[Entry]]:
+    """Every provider of every name of a group, ours first, then by distribution."""
+    found: dict[str, list[Entry]] = {}
+    for name, target in _builtins().get(group, {}).items():
+        found.setdefault(name, []).append(Entry(group, name, target, OURS))
+    for entry in sorted(_third_party(), key=lambda e: (e.distribution, e.name)):
+        if entry.group == group:
+            found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def groups() -> list[str]:
+    """All groups that anyone provides something in."""
+    return sorted({*_builtins(), *(entry.group for entry in _third_party())})
+
+
+def find(group: str, name: str, what: str) -> Entry:
+    """The one provider of `name`, or of `distribution:name` when several provide it.
+
+    Raises:
+        UsageProblem: nobody or more than one provides it.
+    """
+    table = entries(group)
+    owner, _, bare = name.rpartition(":")
+    candidates = [e for e in table.get(bare, []) if not owner or _normal(e.distribution) == _normal(owner)]
+    if not candidates:
+        raise UsageProblem(f"no {what} {name!r}: {did_you_mean(name, sorted(table))}")
+    if len(candidates) > 1:
+        choices = " or ".join(f"{e.distribution}:{bare}" for e in candidates)
+        raise UsageProblem(f"{what} {name!r} is provided by several packages: write {choices}")
+    return candidates[0]

@@ -1,0 +1,227 @@
+"""A repository on the Hugging Face Hub, pinned to a commit. Headers come by range request; a weight file is downloaded
+into the Hub's own cache (`HF_HOME`) when its bytes are first asked for. `HF_HUB_OFFLINE` and a missing network leave what
+the cache holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, MachineLacks
+from .base import Checkpoint
+from .companions import CONFIG
+from .directory import open_directory
+from .index import Weights, choose_weights, read_index
+from .safetensors import LENGTH_BYTES, Header, header_length, parse_header, parse_json, read_header
+from .sharded import COMPANIONS, ShardedCheckpoint, is_companion
+from .tensor import Companion
+
+FIRST_REQUEST = 100_000
+"""Bytes of a file asked for at first: nearly every header is smaller."""
+ADAPTER = "adapter_config.json"
+
+
+@contextlib.contextmanager
+def _hub_errors(ref: str) -> Iterator[None]:
+    """What the client raises, as one line. Nothing that a server said is repeated, as it may quote a token.
+
+    Raises:
+        BadInput: no such repository, revision or file, or no right to it.
+        MachineLacks: no network, a server in trouble, or a full disk.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise BadInput(
+            f"{ref}: the repository is gated; accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise BadInput(
+            f"{ref}: no such repository on the Hub, or a private one; check the name, or run `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise BadInput(
+            f"{ref}: the repository has no such revision; name a branch, a tag or a commit after the @"
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise MachineLacks(
+            f"{ref}: not in the local cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise BadInput(f"{ref}: the repository lacks a file that it should have; its upload is incomplete") from error
+    except errors.HFValidationError as error:
+        raise BadInput(f"{ref}: not a valid Hub id; write org/name or org/name@revision") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise BadInput(
+                f"{ref}: the Hub refused the token (HTTP {status}); run `hf auth login` or set HF_TOKEN"
+            ) from error
+        if status is not None and status < 500 and status != 429:
+            raise BadInput(f"{ref}: the Hub refused (HTTP {status})") from error
+        raise MachineLacks(f"{ref}: the Hub has trouble (HTTP {status}); try again later") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineLacks(f"{ref}: the disk of the Hub's cache is full; free some room or set HF_HOME") from error
+        if not _of_network(error):
+            raise
+        raise MachineLacks(f"{ref}: the Hub cannot be reached ({type(error).__name__})") from error
+    except Exception as error:
+        if not _of_network(error):
+            raise
+        raise MachineLacks(f"{ref}: the Hub cannot be reached ({type(error).__name__})") from error
+
+
+def _of_network(error: Exception) -> bool:
+    packages = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in packages
+
+
+def open_hub(
+    name: str, revision: str | None, *, allow_pickle: bool, open_adapter: Callable[[Path], Checkpoint]
+) -> Checkpoint:
+    """The checkpoint `name` (`org/name`) at `revision` (default: the main branch).
+
+    Args:
+        open_adapter: opens a downloaded adapter directory.
+
+    Raises:
+        BadInput: there is none, it is not accessible, damaged, pickled, or holds no weights.
+        MachineLacks: the Hub cannot be reached and the cache does not hold it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    ref = f"{name}@{revision}" if revision else name
+    try:
+        with _hub_errors(ref):
+            info = HfApi().model_info(name, revision=revision)
+    except MachineLacks:
+        snapshot = _cached_snapshot(name, revision)
+        if snapshot is None:
+            raise
+        if (snapshot / ADAPTER).exists() and not (snapshot / CONFIG).exists():
+            return open_adapter(snapshot)
+        return open_directory(snapshot, ref=ref, revision=snapshot.name, allow_pickle=allow_pickle)
+    commit = info.sha
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    if commit is None:
+        raise BadInput(f"{ref}: the Hub names no commit for it")
+
+    def download(*patterns: str) -> Path:
+        with _hub_errors(ref):
+            return Path(
+                snapshot_download(
+                    name, revision=commit, allow_patterns=[*patterns, *COMPANIONS], ignore_patterns=["*.py"]
+                )
+            )
+
+    if ADAPTER in files and CONFIG not in files:
+        return open_adapter(download("adapter_*"))
+    weights = choose_weights(files, ref, allow_pickle)
+    if weights.pickled:
+        snapshot = download(CONFIG, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+        return open_directory(snapshot, ref=ref, revision=commit, allow_pickle=True)
+    licence = getattr(info.card_data, "license", None)
+    return HubCheckpoint(ref, name, commit, files, weights, licence if isinstance(licence, str) else None)
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in (CONFIG, ADAPTER):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+class HubCheckpoint(ShardedCheckpoint):
+    """Safetensors in a Hub repository; see the module. Made by :func:`open_hub`."""
+
+    def __init__(self, ref: str, name: str, commit: str, files: set[str], weights: Weights, licence: str | None):
+        self._name, self._commit, self._names, self._license, self.ref = name, commit, files, licence, ref
+        config = parse_json(self._local(CONFIG).read_bytes(), f"{ref}: {CONFIG}")
+        weight_map, shards = None, [weights.file or ""]
+        if weights.index is not None:
+            weight_map = read_index(self._local(weights.index).read_bytes(), f"{ref}: {weights.index}")
+            shards = sorted(set(weight_map.values()))
+        with ThreadPoolExecutor(8) as pool:
+            headers = dict(zip(shards, pool.map(self._header, shards), strict=True))
+        super().__init__(ref, None, config, headers, weight_map)
+
+    def _local(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        if file not in self._names:
+            raise BadInput(f"{self.ref}: {file} is missing from the repository; its upload is incomplete")
+        with _hub_errors(self.ref):
+            return Path(hf_hub_download(self._name, file, revision=self._commit))
+
+    def _header(self, file: str) -> Header:
+        from huggingface_hub import try_to_load_from_cache
+
+        where = f"{self.ref}: {file}"
+        if file not in self._names:
+            raise BadInput(f"{where} is missing from the repository; its upload is incomplete")
+        cached = try_to_load_from_cache(self._name, file, revision=self._commit)
+        if isinstance(cached, str):
+            return read_header(Path(cached), where)
+        start, size = self._first_bytes(file, FIRST_REQUEST)
+        whole = LENGTH_BYTES + header_length(start, size, where)
+        if whole > len(start):
+            start, size = self._first_bytes(file, whole)
+        if whole > len(start):
+            raise BadInput(f"{where}: the Hub sent {len(start)} of the header's {whole} bytes; try again")
+        return parse_header(start[:whole], size, where)
+
+    def _first_bytes(self, file: str, count: int) -> tuple[bytes, int]:
+        """At most `count` bytes from the start of a file, and the file's size."""
+        from huggingface_hub import constants, get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+        url = hf_hub_url(self._name, file, revision=self._commit)
+        data = bytearray()
+        with (
+            _hub_errors(f"{self.ref}: {file}"),
+            get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
+        ):  # fmt: skip
+            if response.status_code == 416:  # an empty file has no first byte
+                return b"", 0
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            # a server that ignores the range sends the whole file: stop after what was asked for
+            for piece in response.iter_bytes():
+                data += piece
+                if len(data) >= count:
+                    break
+            total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get(
+                "Content-Length", ""
+            )
+        if not total.isdigit():
+            raise BadInput(f"{self.ref}: {file}: the Hub does not say how large it is")
+        return bytes(data[:count]), int(total)
+
+    def companions(self) -> Sequence[Companion]:
+        return [Companion(file, path=self._local(file)) for file in sorted(self._names) if is_companion(file)]
+
+    def provenance(self) -> dict[str, Any]:
+        found = {
+            "ref": self.ref,
+            "format": "safetensors",
+            "revision": self._commit,
+            "digest": self.header_digest(self._commit),
+        }
+        return found | ({"license": self._license} if self._license else {})

@@ -1,0 +1,102 @@
+"""The one door through which every source of weights is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+from .base import Checkpoint
+
+COMPRESSION = "moeforge_compression"
+"""The config key of weights that one of our own compression methods wrote; that method reads them as they are stored."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", re.ASCII)
+
+
+def open_checkpoint(
+    ref: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    dequantize: bool | None = False,
+    plan: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Open a checkpoint; only headers are read.
+
+    Args:
+        ref: a directory in Hugging Face layout, a PEFT adapter directory (merged on the fly into its base), a GGUF file
+            or a directory that holds one and no config.json, or a Hub id `org/name[@revision]`. An existing path wins over a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        allow_pickle: read `pytorch_model*.bin`, tensors only.
+        dequantize: show a quantised source (GPTQ, AWQ, FP8, bitsandbytes) as plain weights; False refuses one; None shows
+            tensors as they are stored.
+        plan: the plan of a dry run that wrote nothing (`Artifact.plan`); `ref` then only names it.
+
+    Raises:
+        BadInput: there is no such checkpoint, or it is damaged, hostile, pickled or quantised.
+        MachineLacks: the Hub cannot be reached, or the disk is full.
+    """
+    if plan is not None:
+        from .planned import PlannedCheckpoint
+
+        return PlannedCheckpoint(plan, str(ref))
+    opened = _open_stored(str(ref), revision, allow_pickle, dequantize)
+    stored_as_is = dequantize is None or (COMPRESSION in opened.config and not dequantize)
+    if stored_as_is or not {"quantization_config", COMPRESSION} & opened.config.keys():
+        return opened
+    from .quantized import wrap
+
+    try:
+        return wrap(opened, dequantize)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize: bool | None) -> Checkpoint:
+    path = Path(ref).expanduser()
+    if path.is_file():
+        if _is_gguf(path):
+            from .gguf import GGUFCheckpoint
+
+            return GGUFCheckpoint(path, ref=ref)
+        if path.name == "moeforge.json":
+            path = path.parent
+        else:
+            raise BadInput(f"{ref}: a file that is not GGUF; name the directory that holds config.json and the weights")
+
+    def open_adapter(directory: Path) -> Checkpoint:
+        from .adapter import MergedAdapter
+
+        def open_base(base: str, revision: str | None = None) -> Checkpoint:
+            return open_checkpoint(base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize)
+
+        return MergedAdapter(directory, open_base=open_base)
+
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                return open_adapter(path)
+            exported = list(path.glob("*.gguf"))
+            if len(exported) == 1:
+                return _open_stored(str(exported[0]), revision, allow_pickle, dequantize)
+        from .directory import open_directory
+
+        return open_directory(path, ref=ref, allow_pickle=allow_pickle)
+    if not _HUB_ID.fullmatch(ref):
+        raise BadInput(f"{ref}: no such file or directory, and not a Hub id (org/name)")
+    from .hub import open_hub
+
+    name, _, pinned = ref.partition("@")
+    return open_hub(name, pinned or revision, allow_pickle=allow_pickle, open_adapter=open_adapter)
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error

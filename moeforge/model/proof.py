@@ -1,0 +1,421 @@
+"""Is it the same function? Two checkpoints run side by side in float32, from their files, one layer at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoint.base import Checkpoint
+from ..checkpoint.tensor import TensorInfo
+from ..errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipeline.context import Context
+    from .streaming import State, StreamedModel
+
+THRESHOLD = 1e-5
+"""Relative logit error below which two float32 models count as one function (rounding alone gives about 4e-7)."""
+ROUNDING_DRAWS = 3
+POSITIONS = 8
+"""Tokens whose float64 distributions are held at once."""
+LONGEST = 4096
+"""A sliding window up to this long is exceeded by one sequence of the test tokens, so that dropping it shows."""
+
+
+@dataclass(frozen=True)
+class LayerProof:
+    """How far layer `index` of the two models agrees."""
+
+    index: int
+    sparse: bool
+    """Whether the second model has experts here."""
+    error: float
+    """max|h' - h| / max|h| of the hidden states after the layer, with everything before it included."""
+    local_error: float
+    """max|y' - y| / max|y| of the feed-forward block alone, both given the first model's input to it."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome of :func:`prove`.
+
+    Attributes:
+        exact: relative error within the threshold, every block's own error within it, argmax equal on every token, every
+            number finite. A relative error above the threshold still passes when `rounding` is as large.
+        relative_error: max|dlogit| / max|logit|.
+        rounding: the same for the reference against itself, see :func:`rounding_error`; None when it was not needed.
+        argmax_equal: share of tokens on which both models prefer the same next token.
+        kl, kl_max: mean and largest KL(first || second) per token, in nats.
+        text_kl: mean KL over the tokens of real text alone; None without text.
+        cross_entropy: mean next-token loss of (first, second) on the real text, in nats; None without text.
+        tokens: number of tokens compared.
+    """
+
+    exact: bool
+    relative_error: float
+    rounding: float | None
+    argmax_equal: float
+    kl: float
+    kl_max: float
+    text_kl: float | None
+    cross_entropy: tuple[float, float] | None
+    tokens: int
+    threshold: float
+    dtype: str
+    seed: int
+    layers: tuple[LayerProof, ...]
+    seconds: float
+
+    @property
+    def first_wrong(self) -> LayerProof | None:
+        """The first layer whose block or output differs by more than the threshold, if any."""
+        for layer in self.layers:
+            if not (layer.error <= self.threshold and layer.local_error <= self.threshold):
+                return layer
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest; numbers that are not finite become None, as JSON has none."""
+        return _finite(asdict(self))
+
+    def summary(self) -> str:
+        """One line for people."""
+        if self.exact:
+            rounding = "" if self.rounding is None else f" (rounding alone gives this model {self.rounding:.1e})"
+            return (
+                f"same function: relative error {self.relative_error:.1e}{rounding}, argmax equal on {self.tokens} of "
+                f"{self.tokens} tokens, KL {self.kl:.1e}"
+            )
+        wrong = self.first_wrong
+        where = (
+            f"; first differing layer {wrong.index} (block {wrong.local_error:.1e}, hidden states {wrong.error:.1e})"
+            if wrong
+            else ""
+        )
+        return (
+            f"not the same function: relative error {self.relative_error:.1e} (allowed {self.threshold:.0e}), argmax equal "
+            f"on {self.argmax_equal:.1%} of {self.tokens} tokens, KL {self.kl:.1e}{where}"
+        )
+
+
+def prove(
+    first: Checkpoint,
+    second: Checkpoint | Path | str,
+    *,
+    threshold: float = THRESHOLD,
+    tokens: int = 256,
+    seed: int = 0,
+    text: Sequence[Sequence[int]] = (),
+    dtype: str = "float32",
+    ctx: Context | None = None,
+) -> Proof:
+    """Compare two causal language models layer by layer and at the logits.
+
+    Args:
+        first: the reference, usually the dense source.
+        second: what should be the same function; a directory is opened and closed here.
+        threshold: allowed max|dlogit| / max|logit|.
+        tokens: number of random token ids, in two sequences; more when a sliding window has to be exceeded.
+        seed: of the random ids.
+        text: token ids of real text, one sequence each.
+        dtype: float32 proves; bfloat16 shows the rounding of the stored type.
+        ctx: for progress and interruption.
+
+    Raises:
+        BadInput: one of the two cannot be run, or their depths differ.
+    """
+    if not isinstance(second, Checkpoint):
+        from ..checkpoint import open_checkpoint
+
+        with open_checkpoint(str(second)) as opened:
+            return prove(first, opened, threshold=threshold, tokens=tokens, seed=seed, text=text, dtype=dtype, ctx=ctx)
+
+    from .streaming import StreamedModel
+    from .weights import torch_dtype
+
+    began = time.perf_counter()
+    models = [StreamedModel(checkpoint, dtype=torch_dtype(dtype)) for checkpoint in (first, second)]
+    if models[0].depth != models[1].depth:
+        raise BadInput(
+            f"{first.ref} has {models[0].depth} layers, {second.ref} has {models[1].depth}: they cannot be the same function"
+        )
+    batches = token_batches(first.config, models[0].module.config.get_text_config().vocab_size, tokens, seed, text)
+    states = [model.start(batches) for model in models]
+    layers = []
+    for index in range(models[0].depth):
+        if ctx is not None:
+            ctx.check()
+        layers.append(_compare_layer(index, models, states))
+    logits = _Comparison()
+    differences = [
+        _compare_logits(logits, models, a, b, text=i >= len(batches) - len(text))
+        for i, (a, b) in enumerate(zip(*states, strict=True))
+    ]
+    error = logits.relative_error
+    blocks = all(layer.local_error <= threshold and math.isfinite(layer.error) for layer in layers)
+    exact = blocks and math.isfinite(error) and logits.disagreements == 0
+    rounding = None
+    if exact and error > threshold:
+        # only the sequences in question are run again
+        suspects = [state for state, d in zip(states[0], differences, strict=True) if d > threshold * logits.scale]
+        rounding = rounding_error(models[0], suspects, seed, logits.scale)
+        exact = error <= rounding
+    return Proof(
+        exact=exact,
+        relative_error=error,
+        rounding=rounding,
+        argmax_equal=1 - logits.disagreements / logits.tokens,
+        kl=logits.kl_sum / logits.tokens,
+        kl_max=logits.kl_max,
+        text_kl=logits.text_kl / logits.text_tokens if logits.text_tokens else None,
+        cross_entropy=(logits.loss[0] / logits.predicted, logits.loss[1] / logits.predicted)
+        if logits.predicted
+        else None,
+        tokens=logits.tokens,
+        threshold=threshold,
+        dtype=dtype,
+        seed=seed,
+        layers=tuple(layers),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def rounding_error(model: StreamedModel, reference: Sequence[State], seed: int, scale: float | None = None) -> float:
+    """How far a model is from itself when every layer's input is rounded once more: max|dlogit| / max|logit|.
+
+    Some tokens lie where a real model magnifies float32 rounding a hundredfold (SmolLM2-135M: 6e-5), and two orders of
+    summation of one function then differ by more than the threshold. The largest of a few draws of such roundings, each
+    of one unit in the last place, is what no proof can go below.
+
+    Args:
+        reference: states that went through every layer undisturbed.
+        seed: of the roundings.
+        scale: max|logit|, where it is known from more tokens than these.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    drawn = model.start([state.ids.repeat(ROUNDING_DRAWS, 1) for state in reference])
+    for index in range(model.depth):
+        with model.layer(index) as layer:
+            for state in drawn:
+                unit = torch.finfo(state.hidden.dtype).eps * torch.randn(state.hidden.shape, generator=random)
+                state.hidden = state.hidden * (1 + unit.to(state.hidden))
+                model.advance(state, layer)
+    difference = largest = 0.0
+    with model.holding():
+        for plain, rounded in zip(reference, drawn, strict=True):
+            for start in range(0, plain.ids.shape[1], POSITIONS):
+                rows = slice(start, start + POSITIONS)
+                wanted = model.logits(plain, rows)
+                largest = _worst(largest, float(wanted.abs().max()))
+                difference = _worst(difference, float((model.logits(rounded, rows) - wanted).abs().max()))
+    return difference / (scale or largest)
+
+
+def warm_up() -> threading.Thread:
+    """Import what a proof needs in a thread, while the files to be proven are still being written: about 3 s of CPU."""
+
+    def load() -> None:
+
+        from . import streaming  # noqa: F401
+
+    thread = threading.Thread(target=load, name="moeforge-warm-up", daemon=True)
+    thread.start()
+    return thread
+
+
+def token_batches(
+    config: dict[str, Any], vocabulary: int, tokens: int, seed: int, text: Sequence[Sequence[int]] = ()
+) -> list[torch.Tensor]:
+    """Random ids, then the text: batches [1, T] without padding.
+
+    One random sequence is longer than the model's sliding window (up to `LONGEST`): a dropped window changes nothing on
+    shorter ones.
+
+    Raises:
+        BadInput: text with ids outside the vocabulary.
+    """
+    import torch
+
+    rng = np.random.default_rng(seed)
+    lengths = [max(2, tokens // 2)] * 2
+    window = config.get("sliding_window")
+    if isinstance(window, int) and lengths[0] <= window <= LONGEST:
+        lengths.append(window + window // 4 + 2)
+    batches = [torch.from_numpy(rng.integers(0, vocabulary, size=(1, length))) for length in lengths]
+    for ids in text:
+        if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise BadInput(
+                f"text of {len(ids)} tokens does not fit a vocabulary of {vocabulary}; is this its tokenizer?"
+            )
+        batches.append(torch.tensor([list(ids)], dtype=torch.int64))
+    return batches
+
+
+def _compare_layer(index: int, models: Sequence[StreamedModel], states: Sequence[list[State]]) -> LayerProof:
+    """Advance both models by one layer. The first one's weights are gone before the second one's are read."""
+    import torch
+
+    from .build import ffn_modules, is_sparse
+    from .streaming import ffn_calls, ffn_output
+
+    def advance(model: StreamedModel, layer: torch.nn.Module, batch: list[State]) -> None:
+        for state in batch:
+            model.advance(state, layer)
+
+    with models[0].layer(index) as layer:
+        calls = ffn_calls(layer, lambda: advance(models[0], layer, states[0]))
+    with models[1].layer(index) as layer:
+        advance(models[1], layer, states[1])
+        sparse = is_sparse(ffn_modules(layer))
+        with torch.no_grad():
+            local = _relative([ffn_output(layer, x) for x, _ in calls], [y for _, y in calls])
+    return LayerProof(index, sparse, _relative([s.hidden for s in states[1]], [s.hidden for s in states[0]]), local)
+
+
+def _relative(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """max|found - wanted| / max|wanted| over all batches; infinite when anything is NaN or the reference is zero and the
+    difference is not."""
+    difference = _largest([f - w for f, w in zip(found, wanted, strict=True)])
+    scale = _largest(wanted)
+    if not (math.isfinite(difference) and math.isfinite(scale)):
+        return math.inf
+    return difference / scale if scale else (0.0 if difference == 0 else math.inf)
+
+
+def _largest(tensors: Sequence[torch.Tensor]) -> float:
+    """max|x|, NaN if any element is (python's `max` would lose it)."""
+    values = [float(t.abs().max()) for t in tensors]
+    return math.nan if any(math.isnan(v) for v in values) else max(values)
+
+
+def _compare_logits(
+    into: _Comparison, models: Sequence[StreamedModel], first: State, second: State, text: bool = False
+) -> float:
+    """Add one sequence to a comparison; returns its max|dlogit|.
+
+    All logits of one model and those of `POSITIONS` positions of the other are in memory, and one head at a time.
+    """
+    import torch
+
+    whole = models[0].logits(first)
+    targets = torch.full_like(first.ids, -1)
+    if text:
+        targets[:, :-1] = first.ids[:, 1:]
+    worst = 0.0
+    with models[1].holding():
+        for start in range(0, whole.shape[1], POSITIONS):
+            rows = slice(start, start + POSITIONS)
+            found = into.add(whole[:, rows], models[1].logits(second, rows), targets[:, rows] if text else None)
+            worst = _worst(worst, found)
+    return worst
+
+
+class _Comparison:
+    """Sums over the logits of two models, in float64."""
+
+    def __init__(self) -> None:
+        self.tokens = self.disagreements = self.text_tokens = self.predicted = 0
+        self.kl_sum = self.kl_max = self.text_kl = self.difference = self.scale = 0.0
+        self.loss = [0.0, 0.0]
+
+    def add(self, first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor | None) -> float:
+        """first, second: [B, t, V]; `targets` [B, t] holds the next tokens of real text, -1 where there is none. Returns
+        max|dlogit|."""
+        vocabulary = min(first.shape[-1], second.shape[-1])
+        a, b = (side.flatten(0, 1)[:, :vocabulary].double() for side in (first, second))
+        return self._rows(a, b, None if targets is None else targets.flatten())
+
+    def _rows(self, a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor | None) -> float:
+        difference = float((a - b).abs().max())
+        self.difference = _worst(self.difference, difference)
+        self.scale = _worst(self.scale, float(a.abs().max()))
+        # an exact tie in the reference is no disagreement: either choice has the largest logit
+        chosen = a.gather(1, b.argmax(1, keepdim=True))
+        self.disagreements += int((~(chosen == a.amax(1, keepdim=True))).sum())
+        p, q = a.log_softmax(1), b.log_softmax(1)
+        kl = (p.exp() * (p - q)).sum(1)
+        self.tokens += len(a)
+        self.kl_sum += float(kl.sum())
+        self.kl_max = _worst(self.kl_max, float(kl.max()))
+        if targets is not None:
+            self.text_tokens += len(a)
+            self.text_kl += float(kl.sum())
+            known = targets >= 0
+            self.predicted += int(known.sum())
+            for i, logp in enumerate((p, q)):
+                self.loss[i] -= float(logp[known].gather(1, targets[known, None]).sum())
+        return difference
+
+    @property
+    def relative_error(self) -> float:
+        if not (math.isfinite(self.difference) and math.isfinite(self.scale) and self.scale > 0):
+            return math.inf
+        return self.difference / self.scale
+
+
+def _worst(a: float, b: float) -> float:
+    """The larger of two numbers, NaN if either is."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def peak_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Memory that running a model of these tensors layer by layer in float32 takes for weights: the largest decoder layer,
+    or the largest tensor outside the layers where that is more, and one stored tensor. From headers alone, without torch.
+    """
+    layers: dict[str, int] = {}
+    largest = 0
+    for info in tensors:
+        found = re.match(r"(?:.*?\.)?(?:layers|h|blocks|block)\.(\d+)\.", info.name)
+        key = found[1] if found else info.name
+        layers[key] = layers.get(key, 0) + 4 * info.size
+        largest = max(largest, info.nbytes)
+    return max(layers.values(), default=0) + largest
+
+
+def fits(tensors: Iterable[TensorInfo], memory: int | None = None) -> bool:
+    """Whether a proof of the model with these tensors (the larger one: the mixture) fits in `memory` bytes.
+
+    Args:
+        memory: default three quarters of what the machine has free.
+    """
+    if memory is None:
+        memory = available_memory() * 3 // 4
+    # 600 MB: torch, transformers and the activations of the test tokens
+    return peak_bytes(tensors) + 600_000_000 <= memory
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping, or all the memory where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 8 << 30

@@ -1,0 +1,225 @@
+"""Run a causal language model with one decoder layer in memory at a time.
+
+The model is the stock transformers class. Its forward runs twice: once with every decoder layer replaced by a recorder
+(so embeddings, masks, positions and multipliers are transformers' own), once with the layers replaced by what they were
+found to compute (for the last norm, the head and its scaling). In between, layer by layer: read the weights, run every
+batch through, free them. One pass over the checkpoint serves any amount of text; peak memory is the largest of one layer,
+the embedding and the head, plus the batches' hidden states, whatever the depth.
+
+    model = StreamedModel(checkpoint)
+    states = model.start(batches)
+    for index in range(model.depth):
+        with model.layer(index) as layer:        # a stock decoder layer with its weights: hook it as you like
+            for state in states:
+                model.advance(state, layer)
+    for state in states:
+        logits = model.logits(state)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.base import Checkpoint
+from .build import build, decoder_layers, ffn_modules
+from .weights import WeightMap
+
+
+@dataclass
+class State:
+    """One batch on its way through the layers."""
+
+    ids: torch.Tensor
+    """[B, T] int64 token ids, no padding."""
+    hidden: torch.Tensor
+    """[B, T, D]: the input of layer `index`."""
+    calls: list[dict[str, Any]]
+    """Keyword arguments of each decoder layer (mask, positions), as the stock forward passes them."""
+    index: int = 0
+
+
+class StreamedModel:
+    """A causal language model whose decoder layers come and go.
+
+    Args:
+        checkpoint: a Checkpoint; closed by its owner, not here.
+        dtype: floating-point type of weights and activations.
+        device: where layers run.
+
+    Attributes:
+        module: the stock transformers model; parameters on the meta device.
+        depth: L, number of decoder layers.
+
+    Raises:
+        BadInput: the config or the tensors are not those of a model that transformers knows.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.module = build(checkpoint.config, dtype=dtype)
+        self.weights = WeightMap(checkpoint, self.module)
+        self._prefix, self._layers = decoder_layers(self.module)
+        self.depth = len(self._layers)
+        self._own = list(self._layers)
+        self._holding = False
+        self._held: set[str] = set()
+        for buffer_name, buffer in self.module.named_buffers():
+            owner = self.module.get_submodule(buffer_name.rpartition(".")[0])
+            owner._buffers[buffer_name.rpartition(".")[2]] = buffer.to(self.device)
+        for name, module in self.module.named_modules():
+            inside = name == self._prefix or name.startswith(self._prefix + ".")
+            if not inside and module._parameters:
+                self._lend([f"{name}.{leaf}".lstrip(".") for leaf in (*module._parameters, *module._buffers)], module)
+
+    def _lend(self, names: list[str], module: nn.Module) -> None:
+        """A module outside the layers holds weights only while it runs."""
+        names = [name for name in names if name in self.weights]
+
+        def fill(*_: Any) -> None:
+            if not self._held.issuperset(names):
+                self.weights.fill(names, self.dtype, self.device)
+                if self._holding:
+                    self._held.update(names)
+
+        module.register_forward_pre_hook(fill)
+        module.register_forward_hook(lambda *_: None if self._holding else self.weights.free(names), always_call=True)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within the block, what is read outside the layers (the head, say) stays in memory for the next use."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+            self.weights.free(self._held)
+            self._held.clear()
+
+    @torch.no_grad()
+    def start(self, batches: Sequence[torch.Tensor]) -> list[State]:
+        """The states of some batches of token ids [B, T], ready for layer 0. Batches may differ in shape."""
+        states = []
+        for ids in batches:
+            calls: list[dict[str, Any]] = []
+            first: list[torch.Tensor] = []
+
+            def record(hidden: torch.Tensor, *args: Any, _calls=calls, _first=first, **kwargs: Any) -> torch.Tensor:
+                if args:
+                    raise NotImplementedError(
+                        f"{type(self.module).__name__} passes arguments to its layers by position"
+                    )
+                _first.append(hidden)
+                _calls.append(kwargs)
+                return hidden
+
+            with self._replaced(record):
+                # the base model stops before the head
+                self.module.base_model(input_ids=ids.to(self.device), use_cache=False)
+            states.append(State(ids, first[0], calls))
+        return states
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, which are freed at the end of the `with` block."""
+        names = self.weights.under(f"{self._prefix}.{index}")
+        self.weights.fill(names, self.dtype, self.device)
+        try:
+            yield self._own[index]
+        finally:
+            self.weights.free(names)
+
+    @torch.no_grad()
+    def advance(self, state: State, layer: nn.Module) -> None:
+        """Run one batch through the layer that its hidden states have reached."""
+        state.hidden = _first(layer(state.hidden, **state.calls[state.index]))
+        state.index += 1
+
+    @torch.no_grad()
+    def logits(self, state: State, positions: slice = slice(None)) -> torch.Tensor:
+        """[B, T, V] logits of a state that has been through every layer, or those of some positions."""
+        if state.index != self.depth:
+            raise ValueError(f"state has been through {state.index} of {self.depth} layers")
+        last = state.hidden[:, positions]
+        with self._replaced(lambda hidden, *args, **kwargs: last):
+            # zeros in place of the embeddings, so that the table is not read again
+            return self.module(inputs_embeds=torch.zeros_like(last), use_cache=False).logits
+
+    def run(
+        self, batches: Sequence[torch.Tensor], on_layer: Callable[[int, nn.Module, list[State]], None] | None = None
+    ) -> list[State]:
+        """All batches through all layers.
+
+        Args:
+            on_layer: called with (index, layer with weights, states before the layer); what it hooks onto the layer it
+                must remove by the next call.
+        """
+        states = self.start(batches)
+        for index in range(self.depth):
+            with self.layer(index) as layer:
+                if on_layer is not None:
+                    on_layer(index, layer, states)
+                for state in states:
+                    self.advance(state, layer)
+        return states
+
+    @contextlib.contextmanager
+    def _replaced(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Every decoder layer computes `forward` meanwhile."""
+        for layer in self._own:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self._own:
+                del layer.forward
+
+
+def ffn_calls(layer: nn.Module, run: Callable[[], None]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the feed-forward block of a decoder layer is given and what it answers, for every forward inside `run()`.
+
+    What it is given is the true router input: after attention, residual and norm.
+
+    Returns:
+        one ([..., D], [..., D]) for each forward; the answers of several modules (sparse block and shared expert) are summed.
+    """
+    inputs: list[torch.Tensor] = []
+    outputs: list[list[torch.Tensor]] = []
+    handles = []
+    for position, module in enumerate(ffn_modules(layer).values()):
+        answers: list[torch.Tensor] = []
+        outputs.append(answers)
+        if position == 0:
+            handles.append(module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+        handles.append(module.register_forward_hook(lambda _, __, out, answers=answers: answers.append(_first(out))))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(x, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+            for x, *parts in zip(inputs, *outputs, strict=True)]  # fmt: skip
+
+
+def ffn_output(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """The sum of a layer's feed-forward modules on `inputs` [B, T, D]."""
+    total: torch.Tensor | None = None
+    for module in ffn_modules(layer).values():
+        out = _first(module(inputs))
+        total = out if total is None else total + out
+    assert total is not None
+    return total
+
+
+def _first(out: Any) -> torch.Tensor:
+    """The hidden states of a module that may also return router logits."""
+    return out[0] if isinstance(out, tuple) else out

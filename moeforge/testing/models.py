@@ -1,0 +1,79 @@
+"""Tiny random models of every dense family, for tests: real architectures with sizes that run in milliseconds.
+
+Norm weights and biases are perturbed, so that a tensor that is dropped, swapped or left at its initial value shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+"""Odd on purpose: the vocabulary is prime, the FFN is not a power of two, heads share keys and values."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "phi3": {"sliding_window": None},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+    },
+    "cohere2": {"sliding_window": 8, "num_hidden_layers": 4, "logit_scale": 0.5},
+    "ernie4_5": {"head_dim": 16},
+    "smollm3": {"no_rope_layer_interval": 1000},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16},
+    "exaone4": {"sliding_window": 8},
+}
+"""Model type -> what its tiny config sets beside SIZES, chosen so that the family's own features are at work."""
+
+
+def tiny_dense(model_type: str, seed: int = 0, **overrides: Any) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """A random float32 model of that family, in evaluation mode, and its config."""
+    from transformers import AutoConfig
+
+    return tiny(AutoConfig.for_model(model_type, **{**SIZES, **FAMILIES[model_type], **overrides}), seed)
+
+
+def tiny(config: PretrainedConfig, seed: int = 0) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """A random float32 model of any causal config, its norms and biases perturbed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 1:
+                value.add_(0.2 * torch.randn_like(value))
+            elif "embed_tokens" not in name and "lm_head" not in name:
+                value.mul_(4)  # so that attention and FFN weigh as much as the residual stream
+    return model, config
+
+
+def save_tiny(directory: Path, model_type: str, seed: int = 0, **overrides: Any) -> Path:
+    """The same, written to `directory` as transformers writes it."""
+    model, _ = tiny_dense(model_type, seed, **overrides)
+    model.save_pretrained(directory)
+    return directory

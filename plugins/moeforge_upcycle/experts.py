@@ -1,0 +1,230 @@
+"""From recipes to tensor operations: what an expert is made of becomes which bytes go where.
+
+A copy stays a byte-range copy to all experts at once; anything else is one small pure function of one source matrix.
+Shapes: gate and up [W, D], down [D, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeforge.checkpoint.architectures import Part
+from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.ops import Input, TensorOp
+from moeforge.checkpoint.tensor import NUMPY_DTYPES, TensorInfo
+from moeforge.errors import MoeforgeError
+
+from .recipe import ExpertRecipe, Matrix
+from .targets import Slot
+
+Stream = Callable[[int, Matrix], np.random.Generator]
+"""(expert, matrix) -> the random stream of its perturbation."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A dense checkpoint whose roles have been located."""
+
+    checkpoint: Checkpoint
+    parts: Mapping[tuple[str, int | None], Part]
+
+    def input(self, role: str, layer: int | None, rows: slice | None = None) -> Input:
+        """The role's weights, or rows of them."""
+        part = self.parts[role, layer]
+        if part.rows is not None:
+            start = part.rows.start
+            rows = part.rows if rows is None else slice(start + rows.start, start + rows.stop)
+        return Input(self.checkpoint, part.name, rows)
+
+    def info(self, role: str, layer: int | None) -> TensorInfo:
+        """dtype and shape of the role's weights, under the name of the tensor that holds them."""
+        part = self.parts[role, layer]
+        whole = self.checkpoint.tensors[part.name]
+        if part.rows is None:
+            return whole
+        return TensorInfo(part.name, whole.dtype, (part.rows.stop - part.rows.start, *whole.shape[1:]))
+
+    def read(self, role: str, layer: int | None) -> np.ndarray:
+        """The role's weights in their own dtype."""
+        part = self.parts[role, layer]
+        return self.checkpoint.read(part.name, part.rows)
+
+
+def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """`values` in the safetensors dtype `dtype`.
+
+    Raises:
+        MoeforgeError: a finite value does not fit (float16 ends at 65504).
+    """
+    wanted = NUMPY_DTYPES[dtype]
+    if values.dtype == wanted:
+        return values
+    with np.errstate(over="ignore"):
+        result = values.astype(wanted)
+    if dtype == "F16" and not np.isfinite(result).all() and np.isfinite(values).all():
+        raise MoeforgeError(
+            f"{name}: {np.abs(values.astype(np.float32)).max():.4g} does not fit float16; use --dtype bf16"
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything that the experts of one layer share: where they come from and how they are written."""
+
+    parents: Sequence[Parent]
+    layer: int
+    dtype: str | None
+    """Output dtype; None keeps the source's."""
+    factors: Mapping[Matrix, float]
+    """The output scale, distributed over the matrices."""
+    stream: Stream
+
+    def routed(
+        self, slots: Sequence[Slot], recipes: Sequence[ExpertRecipe], at: Callable[[str], str]
+    ) -> list[TensorOp]:
+        """The ops that write the routed experts; `at` turns a slot's name into a full name."""
+        made = []
+        for slot in slots:
+            if slot.stacked:
+                made.append(self._joined(slot, at(slot.name), recipes, stack=True))
+            else:
+                (matrix,) = slot.of
+                made += self._separate(matrix, [at(slot.name.format(expert=e)) for e in range(len(recipes))], recipes)
+        return made
+
+    def shared(self, slots: Sequence[Slot], recipe: ExpertRecipe, at: Callable[[str], str]) -> list[TensorOp]:
+        """The ops that write the one shared expert."""
+        made = []
+        for slot in slots:
+            matrix, *others = slot.of
+            if others:
+                made.append(self._joined(slot, at(slot.name), [recipe], stack=False))
+            else:
+                made += self._separate(matrix, [at(slot.name)], [recipe])
+        return made
+
+    def _make(self, matrix: Matrix, expert: int, recipe: ExpertRecipe, stored: np.ndarray, dtype: str) -> np.ndarray:
+        """One matrix of one expert from the parent's matrix: take neurons, perturb, scale, round once."""
+        values = stored
+        if recipe.neurons is not None:
+            values = np.take(stored, recipe.neurons, axis=_axis(matrix))
+        factor = self._factor(matrix, recipe)
+        if recipe.perturb is not None:
+            values = recipe.perturb(matrix, values.astype(np.float32), self.stream(expert, matrix))
+        if factor != 1:
+            values = values.astype(np.float32) * np.float32(factor)
+        return np.ascontiguousarray(cast(values, dtype, self.parents[recipe.parent].parts[matrix, self.layer].name))
+
+    def _factor(self, matrix: Matrix, recipe: ExpertRecipe) -> float:
+        return self.factors.get(matrix, 1.0) * recipe.scale.get(matrix, 1.0)
+
+    def _info(self, name: str, matrix: Matrix, recipe: ExpertRecipe) -> TensorInfo:
+        source = self.parents[recipe.parent].info(matrix, self.layer)
+        shape = list(source.shape)
+        if recipe.neurons is not None:
+            shape[_axis(matrix)] = len(recipe.neurons)
+        return TensorInfo(name, self.dtype or source.dtype, tuple(shape))
+
+    def _separate(self, matrix: Matrix, names: Sequence[str], recipes: Sequence[ExpertRecipe]) -> list[TensorOp]:
+        """One tensor an expert. Experts that are equal are made once; those cut from one parent share one reading."""
+        made: list[TensorOp] = []
+        equal: dict[tuple, list[int]] = {}
+        for expert, recipe in enumerate(recipes):
+            if recipe.perturb is not None:
+                made.append(self._computed(matrix, names, recipes, [[expert]]))
+                continue
+            neurons = None if recipe.neurons is None else recipe.neurons.tobytes()
+            equal.setdefault((recipe.parent, neurons, self._factor(matrix, recipe)), []).append(expert)
+        cut: dict[int, list[list[int]]] = {}
+        for (parent, _, factor), experts in equal.items():
+            if factor == 0:
+                made.append(zeros(*(self._info(names[e], matrix, recipes[e]) for e in experts)))
+                continue
+            rows = self._range(matrix, recipes[experts[0]])
+            if rows is None:
+                cut.setdefault(parent, []).append(experts)
+            else:
+                made.append(self._ranged(matrix, names, recipes, experts, rows))
+        return made + [self._computed(matrix, names, recipes, groups) for groups in cut.values()]
+
+    def _range(self, matrix: Matrix, recipe: ExpertRecipe) -> slice | None:
+        """The contiguous rows that a recipe takes; None when it takes columns or scattered rows."""
+        neurons = recipe.neurons
+        if neurons is None:
+            return slice(0, self.parents[recipe.parent].info(matrix, self.layer).shape[0])
+        if matrix != "down" and np.array_equal(neurons, np.arange(neurons[0], neurons[0] + len(neurons))):
+            return slice(int(neurons[0]), int(neurons[0]) + len(neurons))
+        return None
+
+    def _ranged(self, matrix: Matrix, names: Sequence[str], recipes: Sequence[ExpertRecipe], experts: Sequence[int],
+                rows: slice) -> TensorOp:  # fmt: skip
+        """The same rows to all of `experts`, unchanged or scaled."""
+        recipe = recipes[experts[0]]
+        parent = self.parents[recipe.parent]
+        source = parent.info(matrix, self.layer)
+        outputs = tuple(self._info(names[e], matrix, recipe) for e in experts)
+        whole = rows.stop - rows.start == source.shape[0]
+        inputs = (parent.input(matrix, self.layer, None if whole else rows),)
+        factor, dtype = self._factor(matrix, recipe), outputs[0].dtype
+        note = f"{'copied' if whole else f'rows {rows.start}..{rows.stop} copied'} to {len(experts)} experts"
+        if factor == 1 and dtype == source.dtype:
+            return TensorOp(outputs, inputs, note=note)
+        bare = ExpertRecipe(recipe.parent, scale=recipe.scale)
+        return TensorOp(outputs, inputs, lambda stored: self._make(matrix, experts[0], bare, stored, dtype),
+                        f"{note}, times {factor:g} as {dtype}")  # fmt: skip
+
+    def _computed(self, matrix: Matrix, names: Sequence[str], recipes: Sequence[ExpertRecipe],
+                  groups: Sequence[Sequence[int]]) -> TensorOp:  # fmt: skip
+        """Groups of equal experts, each made once, from one reading of their parent's matrix."""
+        experts = [expert for group in groups for expert in group]
+        first = recipes[experts[0]]
+        outputs = tuple(self._info(names[e], matrix, recipes[e]) for e in experts)
+        dtype = outputs[0].dtype
+
+        def compute(stored: np.ndarray) -> list[np.ndarray]:
+            made = []
+            for group in groups:
+                made += [self._make(matrix, group[0], recipes[group[0]], stored, dtype)] * len(group)
+            return made
+
+        note = "perturbed copy" if first.perturb is not None else f"{len(groups)} cuts to {len(experts)} experts"
+        return TensorOp(outputs, (self.parents[first.parent].input(matrix, self.layer),), compute, note)
+
+    def _joined(self, slot: Slot, name: str, recipes: Sequence[ExpertRecipe], stack: bool) -> TensorOp:
+        """All experts in one tensor [E, rows, columns], or the several matrices of one expert in one [rows, columns]."""
+        sources = list(dict.fromkeys((recipe.parent, matrix) for recipe in recipes for matrix in slot.of))
+        inputs = tuple(self.parents[parent].input(matrix, self.layer) for parent, matrix in sources)
+        infos = [self._info(name, matrix, recipes[0]) for matrix in slot.of]
+        shape = (sum(info.shape[0] for info in infos), infos[0].shape[1])
+        if stack:
+            shape = (len(recipes), *shape)
+        output = TensorInfo(name, infos[0].dtype, shape)
+
+        def compute(*arrays: np.ndarray) -> np.ndarray:
+            stored = dict(zip(sources, arrays, strict=True))
+            made = np.empty(shape, NUMPY_DTYPES[output.dtype])
+            for expert, recipe in enumerate(recipes):
+                place = made[expert] if stack else made
+                row = 0
+                for matrix in slot.of:
+                    part = self._make(matrix, expert, recipe, stored[recipe.parent, matrix], output.dtype)
+                    place[row : row + len(part)] = part
+                    row += len(part)
+            return made
+
+        return TensorOp((output,), inputs, compute, f"{len(recipes)} experts in one tensor")
+
+
+def zeros(*outputs: TensorInfo) -> TensorOp:
+    """Equal tensors of zeros."""
+    first = outputs[0]
+    return TensorOp(outputs, (), lambda: np.zeros(first.shape, NUMPY_DTYPES[first.dtype]), "zeros")
+
+
+def _axis(matrix: Matrix) -> int:
+    """The axis of the neurons."""
+    return 1 if matrix == "down" else 0

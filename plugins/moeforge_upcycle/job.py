@@ -1,0 +1,338 @@
+"""A planned conversion: everything that is decided from configs and headers alone, and the ops that follow from it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeforge.checkpoint.architectures import FFN, Architecture, architecture
+from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.ops import TensorOp
+from moeforge.checkpoint.planned import PlannedCheckpoint
+from moeforge.checkpoint.tensor import FLOATS, TensorInfo
+from moeforge.errors import BadInput
+from moeforge.pipeline.artifact import Problem
+from moeforge.pipeline.stage import Bound
+
+from . import layers, pairs, router
+from .experts import Blueprint, Parent, cast, zeros
+from .options import Options
+from .recipe import ExpertRecipe, Layer, LayerRecipe, LayerStats, Matrix, MixtureShape
+from .targets import Target
+
+DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+SCALES: dict[str, dict[Matrix, float]] = {
+    "down": {"down": 1.0},
+    "split": {"up": 0.5, "down": 0.5},
+    "cuberoot": {"gate": 1 / 3, "up": 1 / 3, "down": 1 / 3},
+    "routed-factor": {},
+}
+"""--scale -> the power of the output scale that goes into each matrix."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned conversion: everything that `run` needs, decided from headers."""
+
+    options: Options
+    method: Bound
+    parents: tuple[Parent, ...]
+    match: pairs.Match
+    shape: MixtureShape
+    sparse: tuple[int, ...]
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    factors: dict[Matrix, float]
+    passed: Mapping[int | None, Sequence[TensorOp]]
+    """Layer, or None for what is in no layer -> ops of everything outside the new mixtures."""
+
+    @property
+    def target(self) -> Target:
+        return self.match.pair.target
+
+    @property
+    def dtype(self) -> str | None:
+        return DTYPES.get(self.options.dtype)
+
+    def planned_ops(self) -> list[TensorOp]:
+        """Every op in output order; those of the mixtures have the right headers but must not be run."""
+        return self.in_order({index: self.mixture_ops(index, self._blank()) for index in self.sparse})
+
+    def in_order(self, mixtures: Mapping[int, Sequence[TensorOp]]) -> list[TensorOp]:
+        """What is in no layer, then layer by layer: the order in which a source is stored, mostly."""
+        made = list(self.passed[None])
+        for index in range(self.settings["num_hidden_layers"]):
+            made += [*self.passed[index], *mixtures.get(index, ())]
+        return made
+
+    def mixture_ops(self, index: int, recipe: LayerRecipe, rows: np.ndarray | None = None) -> list[TensorOp]:
+        """The ops of one sparse layer. `rows`: [E / tied, D] router rows, None while planning."""
+        target, shape, seed = self.target, self.shape, self.options.seed
+        source = self.parents[0].info("gate", index)
+        dtype, width = self.dtype or source.dtype, source.shape[1]
+
+        def at(name: str) -> str:
+            return target.at(index, name)
+
+        def stream(label: object) -> Any:
+            return lambda expert, matrix: router.keyed(seed, "expert", index, label or expert, matrix)
+
+        plan = Blueprint(self.parents, index, self.dtype, self.factors, stream(None))
+        ops = plan.routed(target.experts, recipe.experts, at)
+        ops.append(self._router(at(target.router), index, dtype, width, rows))
+        for name, extra in target.extras.items():
+            sizes = tuple(shape.experts if size == "$experts" else size for size in extra["shape"])
+            ops.append(zeros(TensorInfo(at(name), extra["dtype"], sizes)))
+        if target.shared is not None and (shape.shared_width or target.shared.required):
+            filled = recipe.shared is not None
+            weight = 2.0 if target.shared.gate else 1.0  # a gate of zeros weighs sigmoid(0) = 1/2
+            shared = recipe.shared or ExpertRecipe(neurons=np.arange(idle_width(target, shape)), scale={"down": 0.0})
+            ops += Blueprint(self.parents, index, self.dtype, {"down": weight}, stream("shared")).shared(
+                target.shared.tensors, shared, at
+            )
+            if target.shared.gate is not None:
+                gate = TensorInfo(at(target.shared.gate), dtype, (1, width))
+                ops.append(zeros(gate) if filled else self._random(gate, index, "shared gate"))
+        return ops
+
+    def _router(self, name: str, index: int, dtype: str, width: int, rows: np.ndarray | None) -> TensorOp:
+        shape, options = self.shape, self.options
+
+        def compute() -> np.ndarray:
+            assert rows is not None, "planned only"
+            full = router.expand(rows, shape.tied, options.untie, router.keyed(options.seed, "untie", index))
+            return cast(full, dtype, name)
+
+        return TensorOp(
+            (TensorInfo(name, dtype, (shape.experts, width)),), (), compute, f"router: {options.router_init}"
+        )
+
+    def _random(self, output: TensorInfo, index: int, word: str) -> TensorOp:
+        def compute() -> np.ndarray:
+            rows, width = output.shape
+            stream = router.keyed(self.options.seed, word, index)
+            return cast(router.random_rows(rows, width, self.options.router_std, stream), output.dtype, output.name)
+
+        return TensorOp((output,), (), compute, word)
+
+    def _blank(self) -> LayerRecipe:
+        """A recipe of the right sizes, to plan with before any method has looked at the weights."""
+        width, shared = self.shape.width, self.shape.shared_width
+        neurons = None if width == self.settings["intermediate_size"] else np.arange(width)
+        return LayerRecipe(
+            (ExpertRecipe(neurons=neurons),) * self.shape.experts,
+            ExpertRecipe(neurons=np.arange(shared)) if shared else None,
+        )
+
+    def layer(self, index: int, stats: tuple[LayerStats | None, ...]) -> Layer:
+        """What a method sees of a layer."""
+        info = self.parents[0].info("gate", index)
+        return Layer(
+            index=index,
+            model_width=info.shape[1],
+            ffn_width=info.shape[0],
+            read=lambda matrix, parent: self.parents[parent].read(matrix, index).astype(np.float32),
+            rng=lambda word: router.keyed(self.options.seed, "layer", index, word),
+            stats=stats,
+        )
+
+
+def idle_width(target: Target, shape: MixtureShape) -> int:
+    """Width of the shared expert: the method's, or that of a silent one where the layout insists on having it."""
+    if shape.shared_width or target.shared is None or not target.shared.required:
+        return shape.shared_width
+    return shape.width if target.shared.multiple else min(shape.width, 128)
+
+
+def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) -> Job:
+    """Decide everything that headers decide.
+
+    Args:
+        checkpoints: the dense source, then further parents of the experts (same family and sizes).
+
+    Raises:
+        BadInput: the source cannot become a mixture exactly, or its tensors and config disagree.
+        UsageProblem: the options do not fit each other or the model.
+    """
+    family, settings, parent = examine(checkpoints[0])
+    parents = (parent, *(_like(checkpoint, family, settings) for checkpoint in checkpoints[1:]))
+    if len(parents) > 1:
+        method.method.check_parents(checkpoints, method.options)
+    shape = method.method.shape(settings["intermediate_size"], options, method.options)
+    sparse = layers.select(options.layers, settings["num_hidden_layers"])
+
+    def fits(target: Target) -> Problem | None:
+        return unfit(target, shape, sparse, settings["num_hidden_layers"], options)
+
+    match = pairs.choose(
+        family.model_type,
+        settings,
+        options.target,
+        fits=fits,
+        is_zero=lambda roles: all(_zero(p, roles) for p in parents),
+        allow_inexact=options.allow_inexact,
+    )
+    target = match.pair.target
+    weights_sum = 1.0 if options.norm_topk else shape.top_k * (target.zero_router_weight or 1 / shape.experts)
+    scale = shape.routed_scale / weights_sum
+    in_config = options.scale == "routed-factor"
+    values = {
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "width": shape.width,
+        "shared_width": idle_width(target, shape),
+        "shared_count": idle_width(target, shape) // shape.width,
+        "shared_is_silent": not shape.shared_width,
+        "ffn_width": settings["intermediate_size"],
+        "routed_factor": scale if in_config else 1.0,
+        "norm_topk": options.norm_topk,
+        "dtype": _config_dtype(options, parent),
+        "attention_scale": settings["head_dim"] ** -0.5,
+        "default_head_dim": settings["hidden_size"] // settings["num_attention_heads"],
+        "window": settings.get("sliding_window") if "sliding_attention" in settings["layer_types"] else None,
+        **layers.settings(sparse, settings["num_hidden_layers"]),
+    }
+    return Job(
+        options=options,
+        method=method,
+        parents=parents,
+        match=match,
+        shape=shape,
+        sparse=sparse,
+        settings={**settings, **values},
+        config=pairs.output_config(match.pair, settings, values),
+        factors={matrix: scale**power for matrix, power in SCALES[options.scale].items()} if scale != 1 else {},
+        passed=_passed(parents, match, sparse, DTYPES.get(options.dtype), method),
+    )
+
+
+def examine(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any], Parent]:
+    """The family of a dense checkpoint, its resolved config, and where its roles lie.
+
+    Raises:
+        BadInput: a tensor is missing, is not a float, or is not accounted for by the config.
+    """
+    family = architecture(checkpoint.config)
+    settings = family.resolve(checkpoint.config)
+    parts = family.locate(settings)
+    wanted = {part.name for part in parts.values()}
+    missing = sorted(wanted - set(checkpoint.tensors))
+    if missing:
+        raise BadInput(f"{checkpoint.ref}: a {family.model_type} model of this config has {missing[0]}"
+                       f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, the files do not")  # fmt: skip
+    tied = {family.tensors["head"]} if settings.get("tie_word_embeddings") else set()
+    extra = [n for n in checkpoint.tensors if n not in wanted | tied and not family.is_ignored(n)]
+    if extra:
+        raise BadInput(f"{checkpoint.ref}: {extra[0]}{f' and {len(extra) - 1} more tensors' if len(extra) > 1 else ''} "
+                       f"would be lost: a {family.model_type} model of this config has no such tensor")  # fmt: skip
+    for name in wanted:
+        if checkpoint.tensors[name].dtype not in FLOATS:
+            raise BadInput(f"{checkpoint.ref}: {name} has dtype {checkpoint.tensors[name].dtype}; "
+                           "a quantised source needs --dequantize")  # fmt: skip
+    parent = Parent(checkpoint, parts)
+    _check_ffn(parent, settings)
+    return family, settings, parent
+
+
+def _check_ffn(parent: Parent, settings: dict[str, Any]) -> None:
+    width, hidden = settings["intermediate_size"], settings["hidden_size"]
+    for (role, layer), part in parent.parts.items():
+        if role not in FFN:
+            continue
+        wanted = (hidden, width) if role == "down" else (width, hidden)
+        whole = parent.checkpoint.tensors[part.name].shape
+        if len(whole) != 2 or parent.info(role, layer).shape != wanted or (part.rows and part.rows.stop > whole[0]):
+            raise BadInput(f"{parent.checkpoint.ref}: {part.name} has shape {list(whole)}, which does not hold the "
+                           f"{role} matrix {list(wanted)} of intermediate_size = {width}, hidden_size = {hidden}")  # fmt: skip
+
+
+def _like(checkpoint: Checkpoint, family: Architecture, settings: dict[str, Any]) -> Parent:
+    """A further parent, which must have the family and sizes of the first."""
+    other, found, parent = examine(checkpoint)
+    for key in (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ):
+        if found[key] != settings[key]:
+            raise BadInput(f"{checkpoint.ref}: {key} = {found[key]}, the first parent has {settings[key]}")
+    if other.model_type != family.model_type:
+        raise BadInput(
+            f"{checkpoint.ref}: model_type = {other.model_type!r}, the first parent is {family.model_type!r}"
+        )
+    return parent
+
+
+def unfit(target: Target, shape: MixtureShape, sparse: Sequence[int], count: int, options: Options) -> Problem | None:
+    """What the request asks of a layout that it lacks; None when it has everything."""
+    name = target.model_type
+    reason = layers.why_not(target.sparse, sparse, count)
+    if reason is not None:
+        return Problem("layers", options.layers, f"{name} cannot have just these layers sparse: {reason}")
+    if shape.shared_width and target.shared is None:
+        return Problem("shared_width", shape.shared_width, f"{name} has no shared expert")
+    if target.shared is not None and target.shared.multiple and shape.shared_width % shape.width:
+        return Problem("shared_width", shape.shared_width, f"{name} needs a multiple of the expert width {shape.width}")
+    if options.scale == "routed-factor" and target.routed_factor is None:
+        return Problem("scale", options.scale, f"{name} has no factor on the routed sum; use --scale down")
+    if not options.norm_topk and target.renormalises is True:
+        return Problem("norm_topk", False, f"{name} always makes the top-k weights sum to one")
+    return None
+
+
+def _zero(parent: Parent, roles: Collection[str]) -> bool:
+    """Whether the tensors of these roles are all zero. Biases are small: reading them is cheap."""
+    found = [key for key in parent.parts if key[0] in roles]
+    if isinstance(parent.checkpoint, PlannedCheckpoint):
+        return False
+    return bool(found) and not any(parent.read(role, layer).any() for role, layer in found)
+
+
+def _config_dtype(options: Options, parent: Parent) -> str:
+    return CONFIG_DTYPES[DTYPES.get(options.dtype) or parent.info("gate", 0).dtype]
+
+
+def _passed(
+    parents: Sequence[Parent], match: pairs.Match, sparse: Sequence[int], dtype: str | None, method: Bound
+) -> dict[int | None, list[TensorOp]]:
+    """Ops of all tensors that do not become experts: embeddings, norms, attention, and the FFN of layers that stay dense.
+
+    Raises:
+        BadInput: a tensor has no home in the target.
+    """
+    target, first = match.pair.target, parents[0]
+    made: dict[int | None, list[TensorOp]] = defaultdict(list)
+    for (role, layer), part in first.parts.items():
+        if (role in FFN and layer in sparse) or role in match.dropped:
+            continue
+        if role in FFN and layer is not None:
+            name = target.at(layer, target.dense_ffn[role])
+        else:
+            name = target.name(role, layer)
+        if name is None:
+            raise BadInput(f"{first.checkpoint.ref}: {part.name} would be lost: {target.model_type} has no home for it")
+        made[layer].append(_pass(parents, role, layer, name, dtype, method))
+    return made
+
+
+def _pass(
+    parents: Sequence[Parent], role: str, layer: int | None, name: str, dtype: str | None, method: Bound
+) -> TensorOp:
+    source = parents[0].info(role, layer)
+    output = TensorInfo(name, dtype or source.dtype, source.shape)
+    merge = getattr(method.method, "merge", None)
+    compute = merge(role, output, method.options) if merge is not None else None
+    if compute is not None:
+        return TensorOp((output,), tuple(p.input(role, layer) for p in parents), compute, "merged")
+    inputs = (parents[0].input(role, layer),)
+    if output.dtype == source.dtype:
+        return TensorOp((output,), inputs)
+    return TensorOp((output,), inputs, lambda stored: cast(stored, output.dtype, name), f"as {output.dtype}")

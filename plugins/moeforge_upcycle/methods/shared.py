@@ -1,0 +1,74 @@
+"""Always-active neurons in a shared expert, the others in routed shards: exact, which upcycling with a shared expert
+elsewhere is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from moeforge.checkpoint.architectures import FFN
+from moeforge.errors import UsageProblem
+from moeforge.options import opt
+
+from ..partition import NEEDS, Kind, importance, partition
+from ..recipe import ExpertRecipe, Layer, LayerRecipe, MixtureShape
+from .split import check_groups
+
+
+@dataclass(frozen=True)
+class Options:
+    shared: int = opt("width of the shared expert, in widths of a routed one", default=1, min=1)
+    granularity: int = opt(
+        "shards that the routed neurons are cut into; experts and top_k are multiples of it", default=1, min=1
+    )
+    partition: Kind = opt("which of the routed neurons form a shard; any choice is exact", default="contiguous")
+    rank: Literal["activation", "norm", "random"] = opt(
+        "which neurons are shared: most active on calibration text, largest weights, or any", default="activation"
+    )
+
+
+class Shared:
+    name = "shared"
+    summary = "most active neurons in a shared expert, the rest in routed ones; the same function at step 0"
+    reference = "Qwen2, arXiv:2407.10671, section 2 (layout); exact split after arXiv:2410.07524"
+    api_version = 1
+    Options = Options
+
+    def shape(self, ffn_width: int, stage: Any, options: Options) -> MixtureShape:
+        parts = options.shared + options.granularity
+        check_groups(stage, options.granularity)
+        if ffn_width % parts:
+            raise UsageProblem(f"--shared {options.shared} and --granularity {options.granularity} cut the FFN into {parts} "
+                               f"equal parts, which do not divide its {ffn_width} neurons")  # fmt: skip
+        width = ffn_width // parts
+        return MixtureShape(
+            stage.experts,
+            stage.top_k,
+            width,
+            shared_width=options.shared * width,
+            tied=options.granularity,
+            routed_scale=float(options.granularity),
+        )
+
+    def needs(self, stage: Any, options: Options) -> frozenset[str]:
+        return NEEDS[options.partition] | ({"activation"} if options.rank == "activation" else frozenset())
+
+    def recipe(self, layer: Layer, shape: MixtureShape, stage: Any, options: Options) -> LayerRecipe:
+        order = np.argsort(-self._importance(layer, options.rank), kind="stable")
+        shared, rest = order[: shape.shared_width], order[shape.shared_width :]
+        shards = partition(options.partition, layer, shape.tied, neurons=rest)
+        return LayerRecipe(
+            tuple(ExpertRecipe(neurons=shards[e % shape.tied]) for e in range(shape.experts)),
+            shared=ExpertRecipe(neurons=np.sort(shared)),
+        )
+
+    def _importance(self, layer: Layer, rank: str) -> np.ndarray:
+        """[F] float64: how much each neuron contributes to the output."""
+        if rank == "random":
+            return layer.rng("shared").random(layer.ffn_width)
+        if rank == "activation":
+            return importance(layer)
+        gate, up, down = (np.linalg.norm(layer.read(m, 0), axis=0 if m == "down" else 1) for m in FFN)
+        return gate.astype(np.float64) * up * down

@@ -1,0 +1,58 @@
+"""The options of `moeforge upcycle` that every method shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moeforge.errors import UsageProblem
+from moeforge.options import Bytes, opt
+
+
+@dataclass(frozen=True)
+class Options:
+    experts: int = opt("routed experts in every sparse layer", default=8, min=2)
+    top_k: int = opt("experts that a token visits", default=2, min=1)
+    target: str = opt("layout of the result, or auto: the first that holds this model exactly", default="auto")
+    layers: str = opt(
+        "layers that become sparse: all, every:N, last-half, first:N, or a list such as 0,3,5-7", default="all"
+    )
+    router_init: Literal["random", "zero", "uniform", "centroid", "ridge", "kmeans", "prompts"] = opt(
+        "how router rows start; the last four come from text", default="random"
+    )
+    router_std: float = opt("standard deviation of random router rows", default=0.02, min=0)
+    router_top1: float | None = opt(
+        "mean probability of the first choice that a router made from text is scaled to (default: half, "
+        "or three quarters where half is what chance gives)",
+        default=None,
+        min=0,
+        max=1,
+    )
+    calibration: tuple[str, ...] = opt(
+        "text file to measure on, one a domain; builtin:prose and builtin:code need no file (default: both)", default=()
+    )
+    calibration_tokens: int = opt("tokens measured of each domain", default=4096, min=64)
+    prompts: Path | None = opt("TOML file with [[expert]] prompts, for --router-init prompts", default=None)
+    untie: float = opt("relative noise that unties the router rows of a virtual group", default=0.0, min=0)
+    norm_topk: bool = opt("make the top-k weights sum to one", default=True)
+    scale: Literal["down", "split", "routed-factor", "cuberoot"] = opt(
+        "where the output scale of a split goes; cuberoot (Megatron) is not exact", default="down"
+    )
+    seed: int = opt("seed of everything random", default=0, min=0)
+    dtype: Literal["keep", "bf16", "f16", "f32"] = opt("dtype of the written weights", default="keep")
+    max_shard_size: Bytes = opt("largest safetensors file", default=Bytes(5_000_000_000), unit="bytes")
+    max_memory: Bytes | None = opt("work within this much memory", default=None, affects_output=False)
+    workers: int | None = opt("threads", default=None, min=1, affects_output=False)
+    verify: bool | None = opt(
+        "prove from the written files that the function is the same (default: if a layer fits in memory)", default=None
+    )
+    allow_inexact: bool = opt("turn reasons why the result cannot be exact into recorded warnings", default=False)
+    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
+    dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.experts:
+            raise UsageProblem(f"--top-k {self.top_k} is more than --experts {self.experts}")
+        if (self.router_init == "prompts") != (self.prompts is not None):
+            raise UsageProblem("--router-init prompts and --prompts FILE go together")

@@ -1,0 +1,181 @@
+"""Which dense family becomes which mixture without changing the function: `pairs/<model_type>.json`.
+
+    source    the dense model type
+    require   predicates that hold for every target below
+    pairs     in order of preference: {"target", "require": predicates, "config": keys that differ from the layout's own}
+    never     {"target" or "*", "key", "because"}: why some target (or every one) cannot hold this family
+
+A predicate that fails names the config key that breaks exactness. `--allow-inexact` turns it into a recorded warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from moeforge.errors import BadInput
+from moeforge.pipeline.artifact import Problem
+
+from . import targets
+from .predicates import Predicate, fill, lookup
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One dense family and one layout that can hold it."""
+
+    source: str
+    target: Target
+    require: tuple[Predicate, ...]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Never:
+    """Why a target cannot hold a family, whatever its config says."""
+
+    target: str
+    key: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """The chosen pair for one model."""
+
+    pair: Pair
+    dropped: frozenset[str]
+    """Tensor roles that are left out: all zero, or allowed by `--allow-inexact`."""
+    allowed: tuple[Problem, ...]
+    """What `--allow-inexact` let pass."""
+    passed_over: tuple[Problem, ...]
+    """Why targets that come earlier in the order of preference were not taken."""
+
+
+@functools.cache
+def load(source: str) -> tuple[tuple[Pair, ...], tuple[Never, ...]]:
+    """The pairs of a dense family in order of preference, and the targets that can never hold it.
+
+    Raises:
+        BadInput: nobody has described how this family becomes a mixture.
+    """
+    file = resources.files(__name__.rpartition(".")[0]).joinpath("pairs", f"{source}.json")
+    if not file.is_file():
+        raise BadInput(f"model_type = {source!r}: no mixture is known that computes the same function; "
+                       f"families with one: {', '.join(_sources())}")  # fmt: skip
+    raw = json.loads(file.read_text("utf-8"))
+    common = [Predicate.parse(item) for item in raw.get("require", ())]
+    pairs = tuple(
+        Pair(source, targets.load(item["target"]), (*common, *map(Predicate.parse, item.get("require", ()))),
+             item.get("config", {}))
+        for item in raw["pairs"]
+    )  # fmt: skip
+    return pairs, tuple(Never(**item) for item in raw.get("never", ()))
+
+
+def _sources() -> list[str]:
+    return sorted(
+        f.name.removesuffix(".json") for f in resources.files(__name__.rpartition(".")[0]).joinpath("pairs").iterdir()
+    )
+
+
+def choose(
+    source: str,
+    settings: Mapping[str, Any],
+    wanted: str,
+    *,
+    fits: Callable[[Target], Problem | None],
+    is_zero: Callable[[Collection[str]], bool],
+    allow_inexact: bool = False,
+) -> Match:
+    """The pair to use for a model of family `source`.
+
+    Args:
+        settings: the resolved config.
+        wanted: a target's name, or `auto`: the first in order of preference that holds this model exactly and fits.
+        fits: what the request itself (sparse layers, shared expert, ...) asks of a layout that it lacks, if anything.
+        is_zero: whether all tensors of these roles hold only zeros.
+
+    Raises:
+        BadInput: no exact target; names the config key and value in the way.
+    """
+    pairs, never = load(source)
+    for rule in never:
+        if rule.target in (wanted, "*"):
+            problem = Problem(rule.key, lookup(settings, rule.key), rule.because)
+            into = "any mixture" if rule.target == "*" else rule.target
+            raise BadInput(f"{source} cannot become {into}: {problem}{_instead(pairs, rule.target)}")
+    if wanted != "auto":
+        targets.load(wanted)
+        if all(pair.target.model_type != wanted for pair in pairs):
+            raise BadInput(f"{source} cannot become {wanted}: model_type = {source!r}: the two compute different "
+                           f"functions{_instead(pairs, wanted)}")  # fmt: skip
+        pairs = tuple(pair for pair in pairs if pair.target.model_type == wanted)
+    passed: list[Problem] = []
+    second_best: Match | None = None
+    for pair in pairs:
+        problems, dropped, lost = check(pair, settings, is_zero)
+        unfit = fits(pair.target)
+        if unfit is not None:
+            passed.append(unfit)
+        elif not problems:
+            return Match(pair, dropped, (), tuple(passed))
+        else:
+            passed += problems
+            second_best = second_best or Match(pair, dropped | lost, tuple(problems), ())
+    if allow_inexact and second_best is not None:
+        return second_best
+    advice = "; --allow-inexact goes on and records it" if second_best is not None else ""
+    whole = f"{source} cannot become {wanted}" if wanted != "auto" else f"no target holds this {source} model"
+    raise BadInput(f"{whole} exactly: {'; '.join(dict.fromkeys(map(str, passed)))}{advice}")
+
+
+def check(
+    pair: Pair, settings: Mapping[str, Any], is_zero: Callable[[Collection[str]], bool]
+) -> tuple[list[Problem], frozenset[str], frozenset[str]]:
+    """(what breaks exactness, roles that are all zero and may go, roles that would be lost)."""
+    problems, dropped, lost = [], set(), set()
+    for rule in pair.require:
+        if rule.holds(settings):
+            continue
+        if rule.drops and is_zero(rule.drops):
+            dropped |= set(rule.drops)
+            continue
+        lost |= set(rule.drops)
+        problems.append(Problem(rule.key, lookup(settings, rule.key), rule.because, fatal=False))
+    return problems, frozenset(dropped), frozenset(lost)
+
+
+def output_config(pair: Pair, settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the mixture. `settings`: the dense model's; `values`: what the mixture adds ($experts, $width, ...).
+
+    Rotary and dtype keys are written in both dialects, so that older readers do not fall back to their defaults.
+    """
+    target, names = pair.target, {**settings, **values}
+    rope = dict(settings["rope"])
+    flat = {key: value for key, value in rope.items() if key != "rope_theta"}
+    partial = flat["partial_rotary_factor"]
+    scaling = {key: value for key, value in flat.items() if key != "partial_rotary_factor"}
+    dtype = values["dtype"]
+    return {
+        "architectures": [target.architecture],
+        "model_type": target.model_type,
+        **{key: names[key] for key in target.copies},
+        **fill({**target.config, **pair.config}, names),
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if flat["rope_type"] == "default" else scaling,
+        "partial_rotary_factor": partial,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _instead(pairs: tuple[Pair, ...], target: str) -> str:
+    names = [pair.target.model_type for pair in pairs if pair.target.model_type != target]
+    return f"; it can become {', '.join(names)}" if names else ""

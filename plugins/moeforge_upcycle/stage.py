@@ -1,0 +1,278 @@
+"""The verb: plan the mixture from headers alone, write it tensor by tensor, prove it from the written files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from moeforge.checkpoint.architectures import FFN, architecture
+from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.companions import write_companions
+from moeforge.checkpoint.ops import TensorOp
+from moeforge.checkpoint.tensor import TensorInfo
+from moeforge.checkpoint.writer import MAX_MEMORY, plan_shards, write_checkpoint
+from moeforge.errors import GateRefused
+from moeforge.model import proof
+from moeforge.options import format_bytes
+from moeforge.pipeline.artifact import Artifact, Plan
+from moeforge.pipeline.context import Context
+from moeforge.pipeline.stage import Bound, Written
+from moeforge.pipeline.workspace import Workspace
+
+from . import portability, routers
+from .job import Job, prepare
+from .measure import check, drift_text, measure, sources
+from .options import Options
+
+if TYPE_CHECKING:
+    from moeforge.model.proof import Proof
+
+WIDENING = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}
+"""Conversions of a dtype that keep every value."""
+
+
+class Upcycle:
+    name = "upcycle"
+    summary = "turn a dense checkpoint into a mixture of experts that computes the same function"
+    api_version = 1
+    consumes = frozenset({"checkpoint", "adapter", "gguf"})
+    produces = "checkpoint"
+    output = "directory"
+    default_method = "copy"
+    Options = Options
+
+    def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
+        assert method is not None
+        job = prepare(_open(src, options, method), method, options)
+        check(job)
+        ops = job.planned_ops()
+        shape, why = job.shape, why_inexact(job)
+        total, active = parameters(job, ops)
+        infos = [info for op in ops for info in op.outputs]
+        source = job.match.pair.source
+        return Plan(
+            verb=self.name,
+            method=method.name,
+            summary=f"{source} to {job.target.model_type} by {method.name}: {shape.experts} experts, {shape.top_k} active, "
+            f"in {len(job.sparse)} of {job.settings['num_hidden_layers']} layers",
+            config=job.config,
+            tensors={info.name: (info.dtype, info.shape) for info in infos},
+            facts={
+                "source": source,
+                "target": job.target.model_type,
+                "experts": shape.experts,
+                "top_k": shape.top_k,
+                "expert_width": shape.width,
+                "shared_width": shape.shared_width,
+                "sparse_layers": list(job.sparse),
+                "parameters_total": total,
+                "parameters_active": active,
+                "read_bytes": sum(_input_bytes(op) for op in ops),
+                "write_bytes": sum(s.total_bytes for s in plan_shards(infos, options.max_shard_size)),
+                "peak_memory_bytes": peak_memory(ops, options.max_memory or MAX_MEMORY),
+            },
+            verdicts={
+                "exact": not why,
+                **({"why_inexact": why} if why else {}),
+                **({"allowed_inexact": [str(problem) for problem in job.match.allowed]} if job.match.allowed else {}),
+                "portability": portability.verdicts(job.target, {**job.settings, **job.config}),
+            },
+            warnings=tuple(warnings(job)),
+            payload=job,
+        )
+
+    def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
+        job: Job = plan.payload
+        source = job.parents[0].checkpoint
+        if job.options.verify is not False:
+            proof.warm_up()
+        report: dict[str, Any] = {}
+        ops = job.in_order(dict(self._mixtures(job, ctx, report)))
+        total = sum(info.nbytes for op in ops for info in op.outputs)
+        with ctx.bar("writing", total, "B") as bar:
+            written = write_checkpoint(
+                ops,
+                out.path,
+                max_shard_bytes=job.options.max_shard_size,
+                workers=job.options.workers,
+                max_memory=job.options.max_memory,
+                journal=out.journal,
+                on_bytes=bar.advance,
+                check=ctx.check,
+            )
+        write_companions(source, out.path, plan.config)
+        counts = {key: value for key, value in plan.facts.items() if key.startswith("parameters")}
+        counts |= {"tensors": len(plan.tensors)}
+        if report:
+            counts["routers"] = report
+        if texts := sources(job):
+            counts["calibration"] = texts
+        verdicts = {**plan.verdicts, **self._verify(job, plan, out, ctx)}
+        return Written(
+            kind=self.produces,
+            counts=counts,
+            verdicts=verdicts,
+            digests=written.files,
+            tensor_digests=written.tensor_digests,
+            parents=tuple(parent.checkpoint.provenance() for parent in job.parents),
+            notes=(verdicts["proof"],) if "proof" in verdicts else (),
+        )
+
+    def _mixtures(self, job: Job, ctx: Context, report: dict[str, Any]) -> Iterable[tuple[int, list[TensorOp]]]:
+        """(layer, ops) of every mixture, from the method's recipes; what routers do on the text goes into `report`."""
+        method, options, shape = job.method, job.options, job.shape
+        for found in measure(job, ctx):
+            ctx.check()
+            layer = job.layer(found.index, found.parents)
+            recipe = method.method.recipe(layer, shape, options, method.options)
+            rows = recipe.router
+            if rows is None:
+                made = routers.make(
+                    options.router_init,
+                    shape.rows,
+                    layer.model_width,
+                    found.router,
+                    layer.rng("router"),
+                    visits=max(1, shape.top_k // shape.tied),
+                    std=options.router_std,
+                    top1=options.router_top1,
+                )
+                rows = made.rows
+                if made.load is not None:
+                    report[str(found.index)] = made.as_json()
+            yield found.index, job.mixture_ops(found.index, recipe, rows)
+
+    def _verify(self, job: Job, plan: Plan, out: Workspace, ctx: Context) -> dict[str, Any]:
+        """The equality proof from the written files.
+
+        Raises:
+            GateRefused: the function was promised to be the same and is not.
+        """
+        if job.options.verify is False:
+            return {"verified": False, "why_not_verified": "--no-verify"}
+        source = job.parents[0].checkpoint
+        tensors = [TensorInfo(name, *header) for name, header in plan.tensors.items()]
+        if job.options.verify is None and not proof.fits(tensors, job.options.max_memory):
+            why = f"a layer needs {format_bytes(proof.peak_bytes(tensors))} in float32; --verify proves it anyway"
+            ctx.warn(f"not verified: {why}")
+            return {"verified": False, "why_not_verified": why}
+        text = [] if plan.verdicts["exact"] else drift_text(job)
+        found = proof.prove(source, out.path, seed=job.options.seed, text=text, ctx=ctx)
+        if plan.verdicts["exact"] and not found.exact:
+            raise GateRefused(
+                f"the written model is {found.summary()}; {out.output} was not made, what was written lies in {out.path}"
+            )
+        return {
+            "verified": True,
+            "proof": found.summary() if plan.verdicts["exact"] else drift(found),
+            "measured": found.as_json(),
+        }
+
+
+def drift(found: Proof) -> str:
+    """One line on a function that was meant to change."""
+    loss = "" if found.cross_entropy is None else ", loss on text {:.3f} -> {:.3f}".format(*found.cross_entropy)
+    return (
+        f"changed as announced: KL {found.kl:.1e}, relative error {found.relative_error:.1e}, same favourite token on "
+        f"{found.argmax_equal:.1%} of {found.tokens}{loss}"
+    )
+
+
+def why_inexact(job: Job) -> str:
+    """One sentence that says why the function changes; empty when it does not."""
+    options, shape = job.options, job.shape
+    if job.match.allowed:
+        return "allowed by --allow-inexact"
+    if not shape.exact:
+        return shape.why_inexact
+    if options.scale == "cuberoot" and job.factors:
+        return "--scale cuberoot scales inside the activation, and act(c z) is not c act(z)"
+    if not options.norm_topk and options.router_init != "zero":
+        return "--no-norm-topk makes the sum of the top-k weights depend on the router, unless --router-init zero"
+    every_expert = shape.top_k == shape.experts
+    if shape.tied > 1 and not every_expert and options.router_init == "zero":
+        return "with --router-init zero all experts tie, and the top-k may cut through a virtual group"
+    if shape.tied > 1 and not every_expert and options.untie:
+        return "--untie lets the top-k cut through a virtual group"
+    return rounding(job)
+
+
+def rounding(job: Job) -> str:
+    """Why the written weights are rounded; empty when every one of them is what it should be to float32 precision."""
+    written = job.dtype
+    stored = {parent.checkpoint.tensors[part.name].dtype for parent in job.parents for part in parent.parts.values()}
+    for dtype in sorted(stored):
+        if written not in (None, dtype) and (dtype, written) not in WIDENING:
+            return f"--dtype {job.options.dtype} rounds {dtype} weights"
+    narrow = {written} if written else {job.parents[0].info(matrix, job.sparse[0]).dtype for matrix in FFN}
+    scales = [factor for factor in job.factors.values() if math.frexp(factor)[0] != 0.5]
+    if scales and narrow & {"BF16", "F16"}:
+        return (
+            f"weights times {scales[0]:g} are rounded in {min(narrow & {'BF16', 'F16'})}; scales that are powers of two are "
+            "not, nor is --dtype f32 or, where the target has it, --scale routed-factor"
+        )
+    return ""
+
+
+def warnings(job: Job) -> Iterable[str]:
+    """What a careful person would want to know before the bytes are written."""
+    options, shape = job.options, job.shape
+    for problem in job.match.allowed:
+        yield f"inexact, as allowed: {problem}"
+    if job.match.passed_over and options.target == "auto":
+        yield f"target {job.target.model_type}, because " + "; ".join(map(str, job.match.passed_over))
+    if options.router_init == "zero" and shape.top_k < shape.experts:
+        yield "a router of zeros sends every token to the same experts, so only those would train; --router-init random spreads them"
+    if shape.tied > 1 and options.dtype != "f32" and job.settings["dtype"] != "float32":
+        yield (
+            f"router logits in {job.settings['dtype']} tie between groups on about one token in 200, which then sees parts "
+            "of two groups; float32 routing has no such ties"
+        )
+    family = architecture(job.parents[0].checkpoint.config)
+    unknown = family.unknown_keys(job.parents[0].checkpoint.config)
+    if unknown:
+        yield f"config keys that moeforge does not know for {family.model_type} are left out: {', '.join(unknown)}"
+
+
+def parameters(job: Job, ops: Iterable[TensorOp]) -> tuple[int, int]:
+    """(all parameters, those that a token visits): of the routed experts k of E."""
+    total = sum(info.size for op in ops for info in op.outputs)
+    source = job.parents[0]
+    one = sum(source.info(matrix, job.sparse[0]).size for matrix in ("gate", "up", "down"))
+    routed = one * job.shape.width // job.settings["intermediate_size"] * len(job.sparse)
+    return total, total - routed * (job.shape.experts - job.shape.top_k)
+
+
+def _input_bytes(op: TensorOp) -> int:
+    found = 0
+    for item in op.inputs:
+        info = item.checkpoint.tensors[item.name]
+        share = 1.0 if item.rows is None else (item.rows.stop - item.rows.start) / info.shape[0]
+        found += int(info.nbytes * share)
+    return found
+
+
+def peak_memory(ops: Iterable[TensorOp], limit: int) -> int:
+    """Bytes of memory that writing takes: the interpreter with numpy, and as many ops at once as fit in `limit`."""
+    held = [_input_bytes(op) + 8 * max((info.size for info in op.outputs), default=0) for op in ops if op.compute]
+    return 120_000_000 + max(max(held, default=0), min(limit, sum(held)))
+
+
+def _open(src: Artifact, options: Options, method: Bound) -> list[Checkpoint]:
+    from moeforge.checkpoint import open_checkpoint
+
+    refs = [src.ref, *getattr(method.method, "parents", lambda _: ())(method.options)]
+    return [
+        open_checkpoint(
+            ref,
+            allow_pickle=options.allow_pickle,
+            dequantize=options.dequantize,
+            plan=src.plan if index == 0 else None,
+        )
+        for index, ref in enumerate(refs)
+    ]
+
+
+__all__ = ["Upcycle", "replace"]

@@ -1,0 +1,207 @@
+"""Branch-Train-MiX through the stage; averages and experts are recomputed here in float64."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from moeforge.errors import BadInput, UsageProblem
+from moeforge.testing import inprocess
+from moeforge_upcycle.trunk import Trunk
+
+WIDTH = 96
+WORDS = "the a of to in is it on as at by an be or if so we he do no up go".split()
+
+
+@pytest.fixture(scope="module")
+def parents(spoken):
+    return [spoken(seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture
+def btx(tmp_path):
+    count = iter(range(100))
+
+    def run(src, *experts, **options):
+        options = {"top_k": 2, "verify": False, **options}
+        expert = tuple(str(e) for e in experts)
+        return inprocess.run("upcycle", src, tmp_path / f"out{next(count)}", "btx", expert=expert, **options)
+
+    return run
+
+
+def tensors(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def stock(directory, ids, **options):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+IDS = torch.randint(0, 199, (2, 30), generator=torch.Generator().manual_seed(4))
+EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+NEW = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+@pytest.mark.parametrize("align", ["none", "weights", "activations"])
+@pytest.mark.parametrize("trunk", ["average", "base"])
+def test_identical_checkpoints_stay_the_same_function(btx, parents, tmp_path, align, trunk):
+    twins = [shutil.copytree(parents[0], tmp_path / f"twin{i}") for i in range(2)]
+    done = btx(parents[0], *twins, align=align, trunk=trunk, router_std=0.5)
+    wanted = stock(parents[0], IDS)
+    found = stock(done.path, IDS)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    made, source = tensors(done.path), tensors(parents[0])
+    # the mean of three equal numbers is that number, to the bit
+    assert all(np.array_equal(made[name], value) for name, value in source.items() if ".mlp." not in name)
+
+
+def test_experts_are_the_parents_and_the_rest_is_their_mean(btx, parents):
+    made = tensors(btx(parents[0], *parents[1:]).path)
+    sources = [tensors(p) for p in parents]
+    for layer in range(3):
+        for e, source in enumerate(sources):
+            for matrix, new in NEW.items():
+                old = source[f"model.layers.{layer}.mlp.{matrix}_proj.weight"]
+                assert np.array_equal(made[EXPERT.format(layer, e, new)], old)
+    for name in sources[0]:
+        if ".mlp." not in name:
+            mean = np.mean([s[name].astype(np.float64) for s in sources], axis=0)
+            assert np.array_equal(made[name], mean.astype(np.float32)), name
+
+
+def test_base_trunk_is_srcs(btx, parents):
+    made, source = tensors(btx(parents[0], parents[1], trunk="base").path), tensors(parents[0])
+    assert all(np.array_equal(made[name], value) for name, value in source.items() if ".mlp." not in name)
+
+
+def test_layers_that_stay_dense_are_averaged_too(btx, spoken):
+    """qwen3_moe can keep dense layers; with reordered experts they stay SRC's, as neurons of no common order have no mean."""
+    one, two = (spoken(seed, "qwen3") for seed in (1, 2))
+    name = "model.layers.0.mlp.up_proj.weight"
+    first, second = (tensors(p)[name].astype(np.float64) for p in (one, two))
+    made = tensors(btx(one, two, layers="1,2").path)
+    assert np.array_equal(made[name], ((first + second) / 2).astype(np.float32))
+    made = tensors(btx(one, two, layers="1,2", align="weights").path)
+    assert np.array_equal(made[name], first.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["weights", "activations"])
+def test_alignment_undoes_a_shuffle_and_changes_no_function(btx, parents, tmp_path, kind):
+    """A parent whose neurons were shuffled comes back in SRC's order; the shuffled and the plain mixture agree."""
+    shuffled = shutil.copytree(parents[0], tmp_path / "shuffled")
+    edited = tensors(shuffled)
+    rng = np.random.default_rng(0)
+    for layer in range(3):
+        order = rng.permutation(WIDTH)
+        for matrix in NEW:
+            name = f"model.layers.{layer}.mlp.{matrix}_proj.weight"
+            edited[name] = np.ascontiguousarray(edited[name][:, order] if matrix == "down" else edited[name][order])
+    save_file(edited, shuffled / "model.safetensors", {"format": "pt"})
+    plain, aligned = (btx(parents[0], shuffled, align=a, router_std=0.5) for a in ("none", kind))
+    made, left = tensors(aligned.path), tensors(plain.path)
+    for layer in range(3):
+        for new in NEW.values():
+            one, two = (made[EXPERT.format(layer, e, new)] for e in (0, 1))
+            assert np.array_equal(one, two)
+            assert not np.array_equal(left[EXPERT.format(layer, 0, new)], left[EXPERT.format(layer, 1, new)])
+    a, b = stock(plain.path, IDS), stock(aligned.path, IDS)
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_rows_of_tokens_are_averaged_over_those_that_have_them(btx, parents, spoken):
+    small = spoken(5, vocab_size=150)
+    made = tensors(btx(parents[0], small, parents[1]).path)
+    one, two, three = (tensors(p) for p in (parents[0], small, parents[1]))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        shared = (one[name][:150].astype(np.float64) + two[name] + three[name][:150]) / 3
+        rest = (one[name][150:].astype(np.float64) + three[name][150:]) / 2
+        assert np.array_equal(made[name], np.concatenate([shared, rest]).astype(np.float32))
+
+
+def _edit_config(directory, to, **changes):
+    copy = shutil.copytree(directory, to)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+    return copy
+
+
+def test_parents_that_do_not_go_together_are_refused(btx, parents, spoken, tmp_path):
+    cases = [
+        (_edit_config(parents[1], tmp_path / "a", rms_norm_eps=0.1), "rms_norm_eps = 0.1"),
+        (_edit_config(parents[1], tmp_path / "b", rope_theta=5.0, rope_parameters={"rope_type": "default", "rope_theta": 5.0}),
+         "rope"),
+        (_edit_config(parents[1], tmp_path / "c", hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (spoken(6, vocab_size=211), "vocab_size = 211.*largest vocabulary SRC"),
+        (spoken(7, words=[*WORDS[:3], "xylophone", *WORDS[4:]]), "token 6 is 'xylophone'.*'to'|token 6"),
+        (spoken(8, intermediate_size=64), "intermediate_size = 64"),
+        (spoken(9, "qwen2"), "model_type"),
+    ]  # fmt: skip
+    for other, told in cases:
+        with pytest.raises(BadInput, match=told):
+            btx(parents[0], other)
+
+
+def test_numbers_that_do_not_fit_are_refused(btx, parents):
+    with pytest.raises(UsageProblem, match=r"--experts 5.*make 2"):
+        btx(parents[0], parents[1], experts=5)
+    with pytest.raises(UsageProblem, match=r"--top-k 3.*2 checkpoints"):
+        btx(parents[0], parents[1], top_k=3)
+    with pytest.raises(UsageProblem, match="at least one"):
+        btx(parents[0])
+    assert btx(parents[0], parents[1], experts=2).manifest["parents"][1]["ref"] == str(parents[1])
+
+
+@pytest.mark.parametrize("kind", ["centroid", "ridge", "kmeans"])
+def test_routers_from_domain_texts(btx, parents, tmp_path, kind):
+    """Domain texts of different words route to different experts, in the model that was written."""
+    texts = []
+    for name, words in (("a", WORDS[:11]), ("b", WORDS[11:])):
+        rng = np.random.default_rng(len(texts))
+        (tmp_path / name).write_text(" ".join(rng.choice(words, 3000)))
+        texts.append(str(tmp_path / name))
+    done = btx(parents[0], parents[1], router_init=kind, calibration=tuple(texts), calibration_tokens=300)
+    report = done.manifest["counts"]["routers"]
+    assert set(report) == {"0", "1", "2"}
+    assert all(0.7 < r["top1"] < 0.8 for r in report.values())
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32).eval()
+    ids = {name: torch.tensor([rng.choice(range(low, low + 11), 60).tolist()])
+           for name, low in (("a", 3), ("b", 14)) for rng in [np.random.default_rng(9)]}  # fmt: skip
+    seen = {}
+    for name, tokens in ids.items():
+        rows = []
+        handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0][0]))
+        with torch.no_grad():
+            model(tokens)
+        handle.remove()
+        gate = torch.tensor(tensors(done.path)["model.layers.0.block_sparse_moe.gate.weight"])
+        seen[name] = (rows[0][1:] @ gate.T).argmax(1).double().mean().item()
+    assert abs(seen["a"] - seen["b"]) > 0.6
+    if kind != "kmeans":
+        assert seen["a"] < 0.3 and seen["b"] > 0.7
+
+
+def test_trunk_is_read_as_it_will_be_written(btx, parents):
+    from moeforge.checkpoint import open_checkpoint
+    from moeforge_upcycle.job import examine
+    from moeforge_upcycle.methods.btx import BTX, Options
+
+    made = tensors(btx(parents[0], parents[1]).path)
+    opened = [open_checkpoint(str(p)) for p in parents[:2]]
+    trunk = Trunk([examine(c)[2] for c in opened], BTX(), Options(expert=("x",)))
+    first = tensors(parents[0])
+    for name, info in trunk.tensors.items():
+        wanted = first[name] if ".mlp." in name else made[name]
+        assert np.array_equal(trunk.read(name), wanted) and wanted.shape == info.shape
+    rows = slice(7, 30)
+    assert np.array_equal(trunk.read("lm_head.weight", rows), made["lm_head.weight"][rows])
+    assert trunk.config == opened[0].config and trunk.companions() and len(trunk.provenance()["parents"]) == 2

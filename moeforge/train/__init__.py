@@ -1,0 +1,1 @@
+"""Continue-training of a causal language model, dense or mixture, on accelerate."""

@@ -1,0 +1,64 @@
+"""What a run will take, from config and headers alone. No torch."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from ..checkpoint.roles import role_of
+from ..checkpoint.tensor import TensorInfo
+from ..errors import UsageProblem
+
+
+def count_selected(tensors: Mapping[str, TensorInfo], select: str) -> int | None:
+    """How many parameters `--train select` will train; None where a pattern is on the model's names, not the file's.
+
+    Raises:
+        UsageProblem: experts or routers of a checkpoint that has none.
+    """
+    experts = {name for name, info in tensors.items() if role_of(info) == "experts"}
+    routers = {name for name, info in tensors.items()
+               if role_of(info) == "routers" and len(info.shape) == 2 and info.shape[0] > 1}  # fmt: skip
+    groups = {"all": set(tensors), "experts": experts, "routers": routers}
+    chosen: set[str] = set()
+    for part in (part.strip() for part in select.split(",")):
+        if part in groups and not groups[part]:
+            raise UsageProblem(
+                f"--train {part}: the checkpoint has no mixture layers; upcycle it first, or use --train all"
+            )
+        found = groups.get(part) or set(fnmatch.filter(tensors, part))
+        if not found:
+            return None
+        chosen |= found
+    return sum(tensors[name].size for name in chosen)
+
+
+def peak_memory(config: Mapping[str, Any], total: int, trained: int, *, short: bool, tokens: int, rows: int,
+                checkpointing: bool) -> int:  # fmt: skip
+    """Bytes at the peak of a training step.
+
+    Weights (2 or 4 bytes), a float32 master where they are short, gradient and two AdamW moments of what learns,
+    activations of one forward pass (of one layer with checkpointing, plus every layer's input), logits and their
+    gradient.
+
+    Args:
+        short: bfloat16 compute.
+        tokens: in one forward pass, all rows together.
+    """
+
+    def number(*names: str, default: int) -> int:
+        return next((int(config[name]) for name in names if isinstance(config.get(name), int)), default)
+
+    width = number("hidden_size", "n_embd", default=1024)
+    layers = number("num_hidden_layers", "n_layer", default=24)
+    heads = number("num_attention_heads", "n_head", default=16)
+    hidden = number("moe_intermediate_size", "intermediate_size", default=4 * width)
+    active = number("num_experts_per_tok", "moe_k", default=1)
+    size = 2 if short else 4
+    state = size * total + trained * (4 + 8 + (4 if short else 0))
+    # measured on Llama and Mixtral shapes: about 18 vectors of the width and 5 of the FFN a token and active expert
+    layer = tokens * (size * (18 * width + 5 * active * hidden) + 2 * size * heads * tokens // rows)
+    activations = layer + size * tokens * width * layers if checkpointing else layer * layers
+    logits = tokens * number("vocab_size", default=50_000) * (2 * size + 8)
+    return state + activations + logits

@@ -1,0 +1,1 @@
+"""The verb `tune`: continue training a causal language model, dense or mixture."""

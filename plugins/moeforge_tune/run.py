@@ -1,0 +1,194 @@
+"""The work of `tune`: load, train, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeforge.checkpoint import open_checkpoint
+from moeforge.checkpoint.companions import write_companions
+from moeforge.checkpoint.writer import WrittenCheckpoint, write_checkpoint
+from moeforge.model.build import build
+from moeforge.model.load import load
+from moeforge.model.tokenizer import load_tokenizer
+from moeforge.model.weights import WeightMap
+from moeforge.pipeline.artifact import Plan
+from moeforge.pipeline.stage import Written
+from moeforge.report.plots import plot_load, plot_loss
+from moeforge.train.data import Document
+from moeforge.train.export import trained_ops
+from moeforge.train.loop import Loop, Result, Settings, borders_hold, save_memory
+from moeforge.train.packing import Packer
+from moeforge.train.params import choose
+from moeforge.train.routing import find_sites
+
+from .stage import FOLDER, Job
+
+if TYPE_CHECKING:
+    from moeforge.checkpoint.base import Checkpoint
+    from moeforge.pipeline.context import Context
+    from moeforge.pipeline.workspace import Journal, Workspace
+
+
+def run(plan: Plan, out: Workspace, ctx: Context) -> Written:
+    """See :class:`moeforge_tune.stage.Tune`."""
+    job: Job = plan.payload
+    with open_checkpoint(job.src.ref) as source:
+        loop = prepare(job, source, out, ctx)
+        result = loop.run(ctx.bar)
+        weights = WeightMap(source, build(source.config))
+        # a tied parameter has several names, and the source may hold a tensor for each
+        masters = {id(param): master for param, master in loop.masters.pairs.values()}
+        learnt = {name: masters[id(param)] for name, param in loop.model.named_parameters(remove_duplicate=False)
+                  if id(param) in masters}  # fmt: skip
+        ops = trained_ops(source, weights, learnt)
+        write_companions(source, out.path, dict(source.config))
+        with ctx.bar("writing", sum(info.nbytes for info in source.tensors.values()), "B") as bar:
+            # no journal: a plan does not tell learnt weights from those of another attempt (another thread count), so a run
+            # that died while writing writes them all again
+            written = write_checkpoint(ops, out.path, on_bytes=bar.advance, check=ctx.check)
+        for state in out.path.glob(f"{States.PREFIX}*"):
+            state.unlink()
+        plot(result, out.path / FOLDER)
+        return report(job, plan, source, loop, result, written)
+
+
+def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
+    """Model, text and settings of the loop."""
+    from accelerate import Accelerator
+
+    options = job.options
+    accelerator = Accelerator()
+    device = accelerator.device
+    short = options.precision == "bf16" or (options.precision == "auto" and device.type != "cpu")
+    torch.manual_seed(options.seed)
+    tokenizer = load_tokenizer(source)
+    model = load(source, dtype=torch.bfloat16 if short else torch.float32, device=device)
+    sites = find_sites(model)
+    choice = choose(model, sites, options.train)
+    if options.gradient_checkpointing:
+        save_memory(model)
+    shared = borders_hold(model, sites, model.config.get_text_config().vocab_size)
+    if not shared:
+        ctx.warn(
+            f"{type(model).__name__} cannot keep packed documents apart, so each row holds one and is padded: slower, same result"
+        )
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    ctx.say(f"{choice.size:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, "
+            f"{'bf16' if short else 'fp32'}, {len(sites)} mixture layers, {where}")  # fmt: skip
+    precise = _precise(source) if short else None
+
+    def packer(documents: Sequence[Document], seed: int | None) -> Packer:
+        pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+        return Packer(documents, Encoder(tokenizer), options.sequence_length, seed, shared=shared, pad=pad)
+
+    budget, amount = options.budget
+    settings = Settings(
+        rows=options.batch_size, accumulate=options.accumulate, budget=budget, amount=amount,
+        learning_rate=options.learning_rate, router_scale=options.router_scale, weight_decay=options.weight_decay,
+        schedule=options.schedule, warmup=options.warmup, clip=options.clip, balance=options.balance, z=options.z_loss,
+        evaluate_every=options.evaluate_every, save_every=options.save_every,
+    )  # fmt: skip
+    (out.path / FOLDER).mkdir(exist_ok=True)
+    return Loop(model, sites, choice, settings, packer(job.train, options.seed), packer(job.held, None) if job.held else None,
+                out.path / FOLDER, precise=precise, keeper=States(out.path, out.journal), check=ctx.check, say=ctx.say,
+                accelerator=accelerator)  # fmt: skip
+
+
+def _precise(source: Checkpoint) -> Any:
+    """Reads a parameter in float32 however the model holds it."""
+    weights = WeightMap(source, build(source.config))
+
+    def read(name: str) -> torch.Tensor:
+        weights.fill([name], torch.float32)
+        value = weights.model.get_parameter(name).detach()
+        weights.free([name])
+        return value
+
+    return read
+
+
+class Encoder:
+    """Documents to token ids: text with the tokenizer's own start token, messages through its chat template, and an
+    end-of-text token behind each."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def __call__(self, document: Document) -> list[int]:
+        content = document.read()
+        if isinstance(content, str):
+            ids = self.tokenizer(content, verbose=False)["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(content, tokenize=True, return_dict=True)["input_ids"]
+        return ids if ids[-1:] == self.end else ids + self.end
+
+
+class States:
+    """The loop's saved states, in the staging directory; the newest is enough."""
+
+    PREFIX = "state-"
+
+    def __init__(self, directory: Path, journal: Journal) -> None:
+        self.directory, self.journal = directory, journal
+
+    def newest(self) -> Path | None:
+        whole = [self.directory / name for name in self.journal.finished if name.startswith(self.PREFIX)]
+        return max((path for path in whole if path.exists()), default=None)
+
+    def place(self, step: int) -> Path:
+        return self.directory / f"{self.PREFIX}{step:010d}.safetensors"
+
+    def record(self, path: Path, step: int) -> None:
+        self.journal.record(path.name, {"step": step})
+        for other in self.directory.glob(f"{self.PREFIX}*"):
+            if other != path:
+                other.unlink()
+
+
+def plot(result: Result, directory: Path) -> None:
+    """loss.png and, for a mixture, load.png."""
+    held = result.metrics.of("held_out")
+    plot_loss(result.metrics.of("step"), held, directory / "loss.png")
+    if held and held[0]["load"]:
+        loads = {f"step {record['step']}": record["load"] for record in (held[0], held[-1])}
+        plot_load(loads, directory / "load.png")
+
+
+def report(job: Job, plan: Plan, source: Checkpoint, loop: Loop, result: Result, written: WrittenCheckpoint) -> Written:
+    """Numbers for manifest and summary."""
+    counts: dict[str, Any] = {
+        "parameters_total": plan.facts["parameters_total"], "parameters_trained": loop.choice.size,
+        "steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+    }  # fmt: skip
+    if loop.device.type == "cuda":
+        counts["peak_device_bytes"] = torch.cuda.max_memory_allocated(loop.device)
+    notes = [f"{result.steps} steps, {result.tokens:,} tokens, {result.tokens_per_second:.0f} tokens/s"]
+    held = result.metrics.of("held_out")
+    verdicts: dict[str, Any] = {}
+    if held:
+        first, last = held[0], held[-1]
+        verdicts = {
+            "held_out_loss_before": first["loss"],
+            "held_out_loss_after": last["loss"],
+            "held_out_tokens": last["tokens"],
+        }
+        notes.append(f"held-out loss {first['loss']:.4f} -> {last['loss']:.4f}")
+        if last["imbalance"] is not None:
+            verdicts |= {"imbalance_before": first["imbalance"], "imbalance_after": last["imbalance"]}
+            notes.append(f"busiest expert over the mean {first['imbalance']:.2f} -> {last['imbalance']:.2f}")
+    notes.append(f"plots and metrics in {FOLDER}/")
+    return Written(
+        "checkpoint",
+        counts,
+        verdicts,
+        dict(written.files),
+        written.tensor_digests,
+        (source.provenance(),),
+        tuple(notes),
+    )

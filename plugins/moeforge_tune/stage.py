@@ -1,0 +1,196 @@
+"""`moeforge tune SRC --data D`: continue training; the result has the layout that came in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from moeforge.checkpoint.tensor import FLOATS
+from moeforge.errors import BadInput, UsageProblem
+from moeforge.options import opt
+from moeforge.pipeline.artifact import Artifact, Plan
+from moeforge.pipeline.stage import Bound, Written
+from moeforge.train.data import Document, find_documents, hold_out
+
+if TYPE_CHECKING:
+    from moeforge.checkpoint.base import Checkpoint
+    from moeforge.pipeline.context import Context
+    from moeforge.pipeline.workspace import Workspace
+
+FOLDER = "tune"
+"""Where in the output metrics and plots go."""
+BYTES_PER_TOKEN = 4
+"""Of text, for estimates before a tokenizer has run."""
+
+
+@dataclass(frozen=True)
+class Options:
+    data: tuple[str, ...] = opt("text to learn from: .txt .md .rst .py .jsonl .parquet, a directory, or builtin:pydoc, "
+                                "builtin:stdlib, builtin:licenses; may be repeated", metavar="PATH")  # fmt: skip
+    train: str = opt(
+        "what learns: all, experts, routers, or patterns of parameter names; comma-separated", default="all"
+    )
+    steps: int | None = opt("stop after this many updates [default: 200]", default=None, min=1)
+    tokens: int | None = opt("stop after this many predicted tokens", default=None, min=1)
+    minutes: float | None = opt("stop after this much training time", default=None, min=0.01)
+    sequence_length: int = opt("slots in a row of packed documents", default=1024, min=8, unit="tokens")
+    batch_size: int = opt("rows in one forward pass", default=4, min=1)
+    accumulate: int = opt("forward passes before each update", default=1, min=1)
+    learning_rate: float = opt("peak learning rate of AdamW", default=5e-5, min=0)
+    router_scale: float = opt("routers learn at this multiple of the learning rate", default=1.0, min=0)
+    schedule: Literal["cosine", "constant", "wsd"] = opt(
+        "learning rate after the warm-up: cosine to a tenth, constant, or constant then linear to 0 in the last fifth",
+        default="cosine",
+    )
+    warmup: float = opt("share of the budget in which the learning rate rises", default=0.05, min=0, max=1)
+    weight_decay: float = opt("decoupled weight decay, norms and biases left out", default=0.1, min=0)
+    clip: float = opt("largest gradient norm; 0 does not clip", default=1.0, min=0)
+    balance: float = opt("weight of each layer's load-balance loss (1 when even)", default=0.01, min=0)
+    z_loss: float = opt("weight of each layer's router z-loss", default=0.0, min=0)
+    precision: Literal["auto", "fp32", "bf16"] = opt(
+        "what the model computes in; sums are always float32; auto is bf16 on an accelerator, fp32 on a CPU",
+        default="auto",
+    )
+    gradient_checkpointing: bool = opt(
+        "keep no activations, compute them again: less memory, a third more time", default=False
+    )
+    held_out: float = opt("share of the documents kept for measuring; 0 measures nothing", default=0.02, min=0, max=0.9)
+    evaluate_every: int = opt(
+        "measure the held-out loss every so many updates as well; 0: before and after", default=0, min=0
+    )
+    save_every: int = opt("save the state for a resume every so many updates; 0: on Ctrl-C only", default=0, min=0)
+    seed: int = opt("order of the documents and which are held out", default=0, min=0)
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UsageProblem("tune needs text: --data PATH, or --data builtin:pydoc")
+        given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageProblem(f"--{given[0]} and --{given[1]} are two budgets; give one")
+
+    @property
+    def budget(self) -> tuple[Literal["steps", "tokens", "minutes"], float]:
+        for name in ("tokens", "minutes"):
+            if (amount := getattr(self, name)) is not None:
+                return name, amount
+        return "steps", self.steps or 200
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.sequence_length * self.batch_size * self.accumulate
+
+
+class Tune:
+    """See :class:`moeforge.pipeline.stage.Stage`."""
+
+    name: ClassVar[str] = "tune"
+    summary: ClassVar[str] = "continue training on text; balances the experts, resumes after a kill"
+    api_version: ClassVar[int] = 1
+    consumes: ClassVar[frozenset[str]] = frozenset({"checkpoint", "gguf", "adapter"})
+    produces: ClassVar[str] = "checkpoint"
+    output: ClassVar[Literal["directory", "file"]] = "directory"
+    default_method: ClassVar[str | None] = None
+    Options: ClassVar[type] = Options
+
+    def inputs(self, options: Options) -> list[Any]:
+        """Identity of the text, for the run's key: names, sizes and times, no contents."""
+        return [document.identity for document in find_documents(options.data)]
+
+    def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
+        from moeforge.checkpoint import open_checkpoint
+
+        with open_checkpoint(src.ref, plan=src.plan) as source:
+            refuse(source)
+            return _plan(src, source, options)
+
+    def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
+        from moeforge_tune.run import run
+
+        return run(plan, out, ctx)
+
+
+def refuse(source: Checkpoint) -> None:
+    """Sources that cannot learn.
+
+    Raises:
+        BadInput: no causal language model, or weights that are stored quantised.
+    """
+    config = source.config
+    for key in ("quantization_config", "moeforge_compression"):
+        if config.get(key):
+            raise BadInput(
+                f"{source.ref}: config.json has {key}: quantised weights cannot be trained; tune first, compress after"
+            )
+    bad = next((info for info in source.tensors.values() if info.dtype not in FLOATS and len(info.shape) > 1), None)
+    if bad is not None:
+        raise BadInput(
+            f"{source.ref}: {bad.name} is {bad.dtype}: only floating-point weights can be trained; convert it first"
+        )
+    named = config.get("architectures") or []
+    if named and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+        raise BadInput(f"{source.ref}: architectures = {named}: not a causal language model, which is what tune trains")
+
+
+def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
+    from moeforge.train.estimate import count_selected, peak_memory
+
+    documents = find_documents(options.data)
+    train, held = hold_out(documents, options.held_out, options.seed)
+    total = sum(info.size for info in source.tensors.values())
+    trained = count_selected(source.tensors, options.train)
+    budget, amount = options.budget
+    per_step = options.tokens_a_step
+    tokens = None if budget == "minutes" else int(amount * (per_step if budget == "steps" else 1))
+    available = sum(document.size for document in train) // BYTES_PER_TOKEN
+    warnings = []
+    if tokens is not None and available and tokens > 20 * available:
+        warnings.append(
+            f"{tokens:,} tokens of training on about {available:,} tokens of text: {tokens // available} passes"
+        )
+    limit = source.config.get("max_position_embeddings")
+    if isinstance(limit, int) and options.sequence_length > limit:
+        raise UsageProblem(
+            f"--sequence-length {options.sequence_length}: max_position_embeddings is {limit}; use at most that"
+        )
+    facts = {
+        "parameters_total": total,
+        "parameters_trained": trained if trained is not None else f"those that match {options.train}",
+        "optimizer_bytes": None if trained is None else 8 * trained,
+        "tokens": tokens,
+        "tokens_a_step": per_step,
+        "budget": f"{amount:g} {budget}",
+        "documents": len(train),
+        "documents_held_out": len(held),
+        "text_tokens": available,
+        "read_bytes": sum(info.nbytes for info in source.tensors.values()),
+        "write_bytes": sum(info.nbytes for info in source.tensors.values()),
+        "peak_memory_bytes": peak_memory(
+            source.config,
+            total,
+            total if trained is None else trained,
+            short=options.precision == "bf16",
+            rows=options.batch_size,
+            tokens=options.sequence_length * options.batch_size,
+            checkpointing=options.gradient_checkpointing,
+        ),
+    }
+    what = options.train if trained is None else f"{trained:,} of {total:,} parameters"
+    return Plan(
+        verb="tune", method=None,
+        summary=f"train {what} for {amount:g} {budget} on {len(train)} documents",
+        config=dict(source.config),
+        tensors={name: (info.dtype, info.shape) for name, info in source.tensors.items()},
+        facts={name: value for name, value in facts.items() if value is not None},
+        warnings=tuple(warnings),
+        payload=Job(src, options, tuple(train), tuple(held)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `run` needs from `plan`."""
+
+    src: Artifact
+    options: Options
+    train: tuple[Document, ...]
+    held: tuple[Document, ...]

@@ -1,0 +1,1 @@
+"""The verb `export`: a checkpoint in the form that another runtime reads."""

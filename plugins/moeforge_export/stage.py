@@ -1,0 +1,81 @@
+"""The verb `export`: write a checkpoint in the form that another runtime reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moeforge.checkpoint import open_checkpoint
+from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.gguf import GGUFCheckpoint
+from moeforge.checkpoint.open import COMPRESSION
+from moeforge.errors import BadInput, UsageProblem
+from moeforge.options import Bytes, opt
+from moeforge.pipeline.artifact import Artifact, Plan
+from moeforge.pipeline.context import Context
+from moeforge.pipeline.stage import Bound, Written
+from moeforge.pipeline.workspace import Workspace
+
+from .narrow import DTYPES
+
+
+@dataclass(frozen=True)
+class Options:
+    to: Literal["hf", "gguf"] = opt("hf: a plain Hugging Face directory; gguf: a file for llama.cpp")
+    type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = opt(
+        "number format of the weights; auto keeps the source's", default="auto"
+    )
+    max_shard_size: Bytes = opt("largest safetensors file", default=Bytes(5_000_000_000), unit="bytes")
+    dequantize: bool = opt("accept a source that is quantised or compressed, and decode it first", default=False)
+    allow_pickle: bool = opt("accept .bin files, which can run code when read", default=False)
+
+    def __post_init__(self) -> None:
+        if self.to == "hf" and self.type == "q8_0":
+            raise UsageProblem(
+                "--type q8_0 is a GGUF format; with --to hf choose auto, f32, f16 or bf16, or run compress"
+            )
+
+
+class Export:
+    name = "export"
+    summary = "write a checkpoint as a plain Hugging Face directory or as a GGUF file for llama.cpp"
+    api_version = 1
+    consumes = frozenset({"checkpoint", "gguf", "adapter"})
+    produces = "checkpoint"
+    output = "directory"
+    default_method = None
+    Options = Options
+
+    def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
+        from . import to_gguf, to_hf
+
+        checkpoint = _open(src, options)
+        plan = (to_hf if options.to == "hf" else to_gguf).plan(checkpoint, options)
+        return replace(plan, warnings=(*plan.warnings, *_rounded(checkpoint)))
+
+    def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
+        with plan.payload.checkpoint:
+            return plan.payload.write(plan, out, ctx)
+
+
+def _open(src: Artifact, options: Options) -> Checkpoint:
+    if src.path is not None and src.path.is_file() and options.type in DTYPES:
+        return GGUFCheckpoint(src.path, dtype=DTYPES[options.type], ref=src.ref)  # decoded once, not by way of bf16
+    checkpoint = open_checkpoint(
+        src.ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, plan=src.plan
+    )
+    if COMPRESSION in checkpoint.config:
+        raise BadInput(f"{src.ref}: compressed ({COMPRESSION}: {checkpoint.config[COMPRESSION]}); export the checkpoint that it was "
+                       "made from, or pass --dequantize")  # fmt: skip
+    return checkpoint
+
+
+def _rounded(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What became of the numbers of a quantised GGUF source before they came here."""
+    source = checkpoint.provenance()
+    coded = [kind for kind in source.get("stored", ()) if kind not in DTYPES.values()]
+    if not coded or source["read_as"] == "F32":
+        return ()
+    return (
+        f"weights stored as {', '.join(coded)} are decoded to {source['read_as']}; --type f32 keeps every bit of them",
+    )

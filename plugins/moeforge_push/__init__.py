@@ -1,0 +1,1 @@
+"""`moeforge push`: publish an artifact with a model card made from its lineage."""

@@ -1,0 +1,123 @@
+"""The verb `push`: the files that the manifest lists, a card made from it, one commit, and a receipt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeforge.errors import BadInput, UsageProblem
+from moeforge.hub import check_repo, push_files
+from moeforge.options import arg, format_bytes, opt
+from moeforge.pipeline.artifact import MANIFEST, Artifact, Plan
+from moeforge.pipeline.context import Context
+from moeforge.pipeline.manifest import whole
+from moeforge.pipeline.stage import Bound, Written
+from moeforge.pipeline.workspace import Workspace
+from moeforge.report.card import model_card, public_manifest
+
+CARD = "README.md"
+RECEIPT = "receipt.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    repo: str = arg("the repository on the Hub, org/name")
+    private: bool = opt("make a new repository private", default=False)
+    branch: str = opt("the branch to commit to; made when it is missing", default="main")
+    pr: bool = opt("open a pull request instead of committing", default=False)
+    message: str | None = opt("the commit message", default=None)
+
+    def __post_init__(self) -> None:
+        check_repo(self.repo)
+        if not self.branch or self.branch.startswith(("-", "/", "refs/")) or ".." in self.branch or " " in self.branch:
+            raise UsageProblem(f"--branch {self.branch!r} is not a branch name")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `plan` hands to `run`."""
+
+    source: Artifact
+    files: dict[str, Path | bytes]
+    sizes: dict[str, int]
+    options: Options
+
+
+class Push:
+    name = "push"
+    summary = "publish an artifact on the Hugging Face Hub, with a model card made from its lineage"
+    api_version = 1
+    consumes = frozenset({"checkpoint", "adapter", "gguf"})
+    produces = "receipt"
+    output = "file"
+    default_method = None
+    Options = Options
+
+    def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
+        if src.kind == "plan":
+            return self._plan_upon_plan(src, options)
+        if src.path is None or src.manifest is None:
+            raise BadInput(f"{src.ref} was not written by moeforge (no {MANIFEST}), so there is no lineage to publish; "
+                           f"run it through a verb first, e.g. `moeforge export {src.ref} --to hf`")  # fmt: skip
+        if not whole(src.path, src.manifest):
+            raise BadInput(
+                f"{src.path}: files are missing or have another size than {MANIFEST} says; run `moeforge verify {src.path}`"
+            )
+        card = model_card(src.manifest, _config(src.path), options.repo)
+        files: dict[str, Path | bytes] = {name: src.path / name for name in src.manifest["files"] if name != CARD}
+        files[MANIFEST] = (json.dumps(public_manifest(src.manifest), indent=2) + "\n").encode()
+        files[CARD] = card.encode()
+        sizes = {
+            name: len(held) if isinstance(held, bytes) else held.stat().st_size for name, held in sorted(files.items())
+        }
+        total = sum(sizes.values())
+        return Plan(
+            verb=self.name, method=None, summary=f"{len(sizes)} files, {format_bytes(total)} to {_target(options)}",
+            facts={"repo": options.repo, "branch": options.branch, "upload_bytes": total, "files": sizes},
+            warnings=_licence_warnings(src.manifest), payload=Work(src, files, sizes, options),
+        )  # fmt: skip
+
+    def _plan_upon_plan(self, src: Artifact, options: Options) -> Plan:
+        assert src.plan is not None
+        size = (src.plan.get("facts") or {}).get("write_bytes", 0)
+        return Plan(self.name, None, f"about {format_bytes(size)} to {_target(options)}",
+                    facts={"repo": options.repo, "branch": options.branch, "upload_bytes": size})  # fmt: skip
+
+    def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
+        work: Work = plan.payload
+        options = work.options
+        assert work.source.manifest is not None
+        what = " ".join(filter(None, (work.source.manifest.get("verb"), work.source.manifest.get("method"))))
+        with ctx.bar(f"uploading to {options.repo}", plan.facts["upload_bytes"], "B") as bar:
+            done = push_files(
+                options.repo, work.files, private=options.private, branch=options.branch, pull_request=options.pr,
+                message=options.message or f"Upload the result of moeforge {what}".rstrip(), on_bytes=bar.advance,
+            )  # fmt: skip
+        receipt: dict[str, Any] = {
+            "moeforge": 1, "kind": "receipt", "repo": options.repo, "branch": options.branch, "commit": done.commit,
+            "url": done.url, "pull_request": done.pull_request, "digest": work.source.digest, "files": work.sizes,
+        }  # fmt: skip
+        (out.path / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", "utf-8")
+        return Written("receipt", counts={"upload_bytes": plan.facts["upload_bytes"]},
+                       notes=(f"{len(work.files)} files are at {done.url}",))  # fmt: skip
+
+
+def _target(options: Options) -> str:
+    return f"{options.repo} ({'pull request to ' if options.pr else ''}branch {options.branch})"
+
+
+def _config(directory: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((directory / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _licence_warnings(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Parents of which no licence is known: publishing them is the user's to decide, in full sight."""
+    from moeforge.report.card import lineage, sources
+
+    unknown = [str(p.get("ref")) for p in sources(list(lineage(manifest))) if not p.get("license")]
+    return tuple(f"the licence of {ref} is not known; the card says so" for ref in unknown)

@@ -1,0 +1,1 @@
+"""Verbs that run a model: `generate`, later `eval` and `serve`."""

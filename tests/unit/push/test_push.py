@@ -1,0 +1,155 @@
+"""push over real HTTP: the unmodified huggingface_hub client against a loopback Hub, with faults."""
+
+import json
+
+import pytest
+
+from moeforge.hub import redact
+from moeforge.testing.command import run
+from moeforge.testing.hub_server import HubServer
+from moeforge.testing.models import save_tiny
+
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": bytes(range(256)) * 40,
+    "tokenizer/t.json": b"{}",
+}
+TOKEN = "hf_averysecrettoken"
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    where = tmp_path / "artifact"
+    for name, data in FILES.items():
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / name).write_bytes(data)
+    (where / "private-notes.txt").write_text("not in the manifest")
+    manifest = {
+        "schema": 1, "kind": "checkpoint", "verb": "upcycle", "method": "copy", "options": {}, "digest": "sha256:abc", "key": "k",
+        "files": {name: {"bytes": len(data), "digest": "sha256:0"} for name, data in FILES.items()},
+        "parents": [{"ref": "/home/me/dense", "license": "mit"}], "verdicts": {"exact": True},
+    }  # fmt: skip
+    (where / "moeforge.json").write_text(json.dumps(manifest))
+    return where
+
+
+@pytest.fixture
+def hub():
+    with HubServer({TOKEN: "tester"}, part_size=4096) as server:
+        yield server
+
+
+@pytest.fixture
+def push(hub, artifact, tmp_path):
+    def go(*words, stdin="", **env):
+        result = run("push", *words, stdin=stdin, env={**hub.environment(tmp_path / "hf", TOKEN),
+                     "MOEFORGE_HOME": str(tmp_path / "home"), **env})  # fmt: skip
+        assert TOKEN not in result.out + result.err
+        return result
+
+    return go
+
+
+def test_push_holds_exactly_the_listed_files_and_the_card(push, hub, artifact, tmp_path):
+    result = push(artifact, "org/made", "--private", "-o", tmp_path / "receipt.json")
+    assert result.code == 0, result.err
+    repo = hub.repos["org/made"]
+    held = repo.files("main")
+    assert repo.private
+    assert set(held) - {".gitattributes"} == {*FILES, "README.md", "moeforge.json"}
+    assert {name: held[name] for name in FILES} == FILES
+    assert b"license: mit" in held["README.md"]
+    assert b"/home/me" not in held["moeforge.json"]
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    assert receipt["commit"] == repo.refs["main"]
+    assert receipt["repo"] == "org/made"
+    assert receipt["digest"] == "sha256:abc"
+    assert receipt["files"]["model.safetensors"] == len(FILES["model.safetensors"])
+    assert result.reference["kind"] == "receipt"
+    assert TOKEN not in (tmp_path / "receipt.json").read_text()
+
+
+def test_pushing_again_makes_no_commit_and_sends_nothing(push, hub, artifact):
+    assert push(artifact, "org/made").code == 0
+    commits = len(hub.repos["org/made"].commits)
+    hub.requests.clear()
+    assert push("org/made", stdin=f"{artifact}\n").code == 0
+    assert len(hub.repos["org/made"].commits) == commits
+    assert not [path for method, path in hub.requests if method == "PUT"]
+
+
+def test_dry_run_contacts_nobody(push, hub, artifact):
+    result = push(artifact, "org/made", "--dry-run")
+    assert result.code == 0, result.err
+    plan = result.reference["plan"]
+    assert plan["facts"]["upload_bytes"] == sum(plan["facts"]["files"].values())
+    assert set(plan["facts"]["files"]) == {*FILES, "README.md", "moeforge.json"}
+    assert hub.requests == []
+
+
+def test_branch_new_and_existing_and_pull_request(push, hub, artifact, tmp_path):
+    assert push(artifact, "org/made", "--branch", "v2", "-o", tmp_path / "1").code == 0
+    repo = hub.repos["org/made"]
+    assert set(repo.files("main")) == {".gitattributes"}
+    assert "model.safetensors" in repo.files("v2")
+    (artifact / "tokenizer/t.json").write_bytes(b"[]")  # as long as before
+    assert push(artifact, "org/made", "--branch", "v2", "-o", tmp_path / "2").code == 0
+    assert repo.files("v2")["tokenizer/t.json"] == b"[]"
+    result = push(artifact, "org/made", "--pr", "-o", tmp_path / "3")
+    assert result.code == 0, result.err
+    assert "model.safetensors" in repo.files("refs/pr/1")
+    assert set(repo.files("main")) == {".gitattributes"}
+    assert json.loads((tmp_path / "3").read_text())["pull_request"].endswith("/org/made/discussions/1")
+
+
+@pytest.mark.parametrize("status", [500, 503, 0])
+def test_a_fault_in_the_middle_is_survived(push, hub, artifact, status):
+    hub.fail("PUT", "/lfs/", status=status, times=1, after=1)
+    result = push(artifact, "org/made")
+    assert result.code == 0, result.err
+    assert hub.repos["org/made"].files("main")["model.safetensors"] == FILES["model.safetensors"]
+
+
+def test_after_a_failed_commit_weights_are_not_sent_again(push, hub, artifact):
+    hub.fail("POST", "/commit/", status=500, times=100)
+    failed = push(artifact, "org/made")
+    assert failed.code == 5
+    assert "resumes" in failed.err
+    assert set(hub.repos["org/made"].files("main")) == {".gitattributes"}  # all or nothing
+    hub._faults.clear()
+    hub.requests.clear()
+    assert push(artifact, "org/made").code == 0
+    assert not [path for method, path in hub.requests if method == "PUT"]
+    assert hub.repos["org/made"].files("main")["model.safetensors"] == FILES["model.safetensors"]
+
+
+def test_refusals_are_one_line(push, hub, artifact, tmp_path):
+    cases = [
+        (("forbidden/made",), {}, 2, "may not write"),
+        (("org/made",), {"HF_TOKEN": "hf_expiredexpired"}, 2, "expired"),
+        (("org/made",), {"HF_ENDPOINT": "http://127.0.0.1:9"}, 5, "cannot be reached"),
+        (("org/made",), {"HF_HUB_OFFLINE": "1"}, 5, "HF_HUB_OFFLINE"),
+        (("made",), {}, 2, "ORG/NAME"),
+        (("org/made", "--branch", "../x"), {}, 2, "branch"),
+    ]
+    for words, env, code, text in cases:
+        result = push(artifact, *words, **env)
+        assert (result.code, text in result.err) == (code, True), result.err
+        assert "hf_expired" not in result.err
+        errors = [line for line in result.err.splitlines() if "error:" in line]
+        assert len(errors) == 1
+        assert "Traceback" not in result.err
+
+
+def test_only_whole_artifacts_are_pushed(push, hub, artifact, tmp_path):
+    (artifact / "model.safetensors").write_bytes(b"short")
+    result = push(artifact, "org/made")
+    assert result.code == 3
+    assert "another size" in result.err
+    stranger = save_tiny(tmp_path / "stranger", "llama")
+    assert "not written by moeforge" in push(stranger, "org/made").err
+    assert not hub.repos
+
+
+def test_tokens_are_blotted_out():
+    assert redact("bad\n token hf_AbCdEf123456, sorry") == "bad token hf_***, sorry"

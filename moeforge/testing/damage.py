@@ -293,6 +293,11 @@ def only_pickled_weights(directory: Path) -> None:
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x02cposix\nsystem\n(S'touch /tmp/unpickled'\ntR.")
 
 
+def shape_of_many_dimensions(directory: Path) -> None:
+    for _ in range(40):
+        _append_dimension(1)(directory)
+
+
 def _named(name: str, damage: Damage) -> Damage:
     damage.__name__ = name
     return damage
@@ -309,7 +314,7 @@ _ALL: list[Damage] = [
     _named("shape_overflows", _set("shape", [2**62, 8])),
     _named("shape_a_boolean", _append_dimension(True)),
     _named("shape_a_fraction", _append_dimension(1.0)),
-    _named("shape_of_many_dimensions", lambda directory: [_append_dimension(1)(directory) for _ in range(40)] and None),
+    shape_of_many_dimensions,
     _named("offsets_overlap", _shift(-4, 0)),
     _named("offsets_leave_a_gap", _shift(4, 0)),
     _named("offsets_beyond_the_file", _shift(0, 2**40)),

@@ -59,8 +59,12 @@ class Codec(Protocol):
         """The parts of every expert of a fused `[E, ...]` tensor, each ready for :meth:`decode`."""
         ...
 
-    def linear(self, parts: Parts, like: nn.Linear, dtype: torch.dtype) -> nn.Module:
-        """bitsandbytes' own module in place of `like`, computing in `dtype`."""
+    def linear(self, parts: Parts, like: nn.Linear, dtype: torch.dtype) -> nn.Module | None:
+        """bitsandbytes' own module in place of `like`, computing in `dtype`; None where it would compute something else."""
+        ...
+
+    def stock_trap(self, info: TensorInfo, options: Any) -> str:
+        """Why stock transformers may compute something else from this matrix; empty when it does not."""
         ...
 
     def quantization_config(self, options: Any, dtype: str, skip: list[str]) -> dict[str, Any]:

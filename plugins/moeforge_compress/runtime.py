@@ -60,6 +60,25 @@ class ExpertStack(nn.Module):
         return self._experts
 
 
+class CodedLinear(nn.Module):
+    """A linear layer whose matrix is decoded at each call, for shapes that bitsandbytes' own module cannot run.
+
+    Args:
+        parts: of the matrix [out, in].
+        like: the layer it replaces; its bias is kept.
+    """
+
+    def __init__(self, codec: Codec, parts: Parts, like: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
+        self.stack = ExpertStack(codec, [[parts]], dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.stack[0]
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class _Reader:
     """The stored tensors of compressed matrices, on the device that will decode them."""
@@ -159,12 +178,14 @@ def load_model(
         for site in sites:
             owner = model.get_submodule(site.path)
             if isinstance(owner, nn.Linear):
-                model.set_submodule(site.path, codec.linear(read.matrix(site.blocks[0][0]), owner, dtype))
+                parts = read.matrix(site.blocks[0][0])
+                made = codec.linear(parts, owner, dtype) or CodedLinear(codec, parts, owner, dtype)
+                model.set_submodule(site.path, made)
             else:
                 stack = ExpertStack(codec, [read.experts(block) for block in site.blocks], dtype)
                 del owner._parameters[site.leaf]
                 setattr(owner, site.leaf, stack)
-        if any(isinstance(module, ExpertStack) for module in model.modules()):
+        if any(isinstance(getattr(model.get_submodule(site.path), site.leaf, None), ExpertStack) for site in sites):
             model.set_experts_implementation("eager")
         model.eval()  # new modules start in training mode, in which bitsandbytes computes otherwise
         return plain

@@ -90,7 +90,7 @@ class Compress:
                 "peak_memory_bytes": 300_000_000 + 16 * max(i.size for i in tensors.values()),
                 "bytes_by_role": table,
             },
-            verdicts={"exact": False, "portability": _portability(chosen)},
+            verdicts={"exact": False, "portability": _portability(chosen, codec, method.options)},
             warnings=tuple(f"{i.name} {list(i.shape)} has no known role and stays {i.dtype}" for i in strangers),
             payload=Work(checkpoint, frozenset(stored), ops, codec, table, options),
         )  # fmt: skip
@@ -187,6 +187,10 @@ def _config(
     }
 
 
-def _portability(chosen: list[TensorInfo]) -> dict[str, str]:
-    stock = "unsupported" if _has_experts(chosen) else "exact"
-    return {"moeforge": "exact", "transformers": stock, "llama.cpp": "unsupported"}
+def _portability(chosen: list[TensorInfo], codec: Codec, method_options: Any) -> dict[str, str]:
+    if _has_experts(chosen):
+        stock = "unsupported: bitsandbytes has no fused experts"
+    else:
+        trap = next(filter(None, (codec.stock_trap(info, method_options) for info in chosen)), "")
+        stock = f"inexact: {trap}" if trap else "exact"
+    return {"moeforge": "exact", "transformers": stock, "llama.cpp": "unsupported: export to gguf instead"}

@@ -79,6 +79,9 @@ class Int8(Loads):
         made.bias = like.bias
         return made
 
+    def stock_trap(self, info: TensorInfo, options: Options) -> str:
+        return ""
+
     def quantization_config(self, options: Options, dtype: str, skip: list[str]) -> dict[str, Any]:
         return {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True, "llm_int8_threshold": 6.0,
                 "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": skip}  # fmt: skip

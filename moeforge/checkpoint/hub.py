@@ -28,7 +28,7 @@ ADAPTER = "adapter_config.json"
 
 
 @contextlib.contextmanager
-def _hub_errors(ref: str) -> Iterator[None]:
+def hub_errors(ref: str) -> Iterator[None]:
     """What the client raises, as one line. Nothing that a server said is repeated, as it may quote a token.
 
     Raises:
@@ -86,7 +86,7 @@ def _of_network(error: Exception) -> bool:
 
 
 def open_hub(
-    name: str, revision: str | None, *, allow_pickle: bool, open_adapter: Callable[[Path], Checkpoint]
+    name: str, revision: str | None, *, allow_pickle: bool, open_adapter: Callable[[Path, str, str], Checkpoint]
 ) -> Checkpoint:
     """The checkpoint `name` (`org/name`) at `revision` (default: the main branch).
 
@@ -104,14 +104,14 @@ def open_hub(
         disable_progress_bars()
     ref = f"{name}@{revision}" if revision else name
     try:
-        with _hub_errors(ref):
+        with hub_errors(ref):
             info = HfApi().model_info(name, revision=revision)
     except MachineLacks:
         snapshot = _cached_snapshot(name, revision)
         if snapshot is None:
             raise
         if (snapshot / ADAPTER).exists() and not (snapshot / CONFIG).exists():
-            return open_adapter(snapshot)
+            return open_adapter(snapshot, ref, snapshot.name)
         return open_directory(snapshot, ref=ref, revision=snapshot.name, allow_pickle=allow_pickle)
     commit = info.sha
     files = {sibling.rfilename for sibling in info.siblings or ()}
@@ -119,7 +119,7 @@ def open_hub(
         raise BadInput(f"{ref}: the Hub names no commit for it")
 
     def download(*patterns: str) -> Path:
-        with _hub_errors(ref):
+        with hub_errors(ref):
             return Path(
                 snapshot_download(
                     name, revision=commit, allow_patterns=[*patterns, *COMPANIONS], ignore_patterns=["*.py"]
@@ -127,7 +127,7 @@ def open_hub(
             )
 
     if ADAPTER in files and CONFIG not in files:
-        return open_adapter(download("adapter_*"))
+        return open_adapter(download("adapter_*"), ref, commit)
     weights = choose_weights(files, ref, allow_pickle)
     if weights.pickled:
         snapshot = download(CONFIG, "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -165,7 +165,7 @@ class HubCheckpoint(ShardedCheckpoint):
 
         if file not in self._names:
             raise BadInput(f"{self.ref}: {file} is missing from the repository; its upload is incomplete")
-        with _hub_errors(self.ref):
+        with hub_errors(self.ref):
             return Path(hf_hub_download(self._name, file, revision=self._commit))
 
     def _header(self, file: str) -> Header:
@@ -194,7 +194,7 @@ class HubCheckpoint(ShardedCheckpoint):
         url = hf_hub_url(self._name, file, revision=self._commit)
         data = bytearray()
         with (
-            _hub_errors(f"{self.ref}: {file}"),
+            hub_errors(f"{self.ref}: {file}"),
             get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
         ):  # fmt: skip
             if response.status_code == 416:  # an empty file has no first byte

@@ -68,18 +68,18 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
         else:
             raise BadInput(f"{ref}: a file that is not GGUF; name the directory that holds config.json and the weights")
 
-    def open_adapter(directory: Path) -> Checkpoint:
+    def open_adapter(directory: Path, ref: str, revision: str | None = None) -> Checkpoint:
         from .adapter import MergedAdapter
 
         def open_base(base: str, revision: str | None = None) -> Checkpoint:
             return open_checkpoint(base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize)
 
-        return MergedAdapter(directory, open_base=open_base)
+        return MergedAdapter(directory, open_base=open_base, ref=ref, revision=revision)
 
     if path.is_dir():
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
-                return open_adapter(path)
+                return open_adapter(path, ref)
             exported = list(path.glob("*.gguf"))
             if len(exported) == 1:
                 return _open_stored(str(exported[0]), revision, allow_pickle, dequantize)

@@ -399,10 +399,15 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 def _weight(op: TensorOp) -> int:
     """Bytes that an op is expected to hold at once."""
+    sizes = [_input_info(source).nbytes for source in op.inputs]
     if op.compute is None:
-        return min(op.outputs[0].nbytes, _ROWS_BYTES)
+        sizes = [min(sizes[0], _ROWS_BYTES)]
+    beside = [source.checkpoint.read_memory(source.name, n) - n for source, n in zip(op.inputs, sizes, strict=True)]
+    read = sum(sizes) + max(beside, default=0)
+    if op.compute is None:
+        return read
     # twice: transforms work on a wider copy of what they read
-    return 2 * sum(_input_info(source).nbytes for source in op.inputs) + sum(info.nbytes for info in op.outputs)
+    return max(read, 2 * sum(sizes) + sum(info.nbytes for info in op.outputs))
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

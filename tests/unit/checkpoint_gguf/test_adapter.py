@@ -167,3 +167,77 @@ def test_pickled_adapter_is_refused(base, tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(BadInput, match="pickled"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "adapter_model.safetensors", "adapter_config.json"])
+def test_links_that_lead_out_are_refused(name, base, tmp_path):
+    """A downloaded adapter must not hand out files of this machine."""
+    adapter = tmp_path / "adapter"
+    make_adapter(base, adapter, target_modules=["q_proj"], r=2)
+    outside = tmp_path / "secret"
+    outside.write_bytes((adapter / name).read_bytes() if (adapter / name).exists() else b"{}")
+    (adapter / name).unlink(missing_ok=True)
+    (adapter / name).symlink_to(outside)
+    with pytest.raises(BadInput, match=f"{name} is a link that leads out"), open_checkpoint(adapter) as merged:
+        merged.companions()
+
+
+def test_an_adapter_in_the_hubs_cache_links_to_its_blobs(base, tmp_path):
+    adapter = tmp_path / "models--org--lora" / "snapshots" / "abc"
+    make_adapter(base, adapter, target_modules=["q_proj"], r=2)
+    (adapter / "tokenizer.json").write_text("{}")
+    blobs = tmp_path / "models--org--lora" / "blobs"
+    blobs.mkdir()
+    for file in list(adapter.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    with open_checkpoint(adapter) as merged:
+        assert {c.name: c.read() for c in merged.companions()}["tokenizer.json"] == b"{}"
+        assert merged.read("model.layers.0.self_attn.q_proj.weight").any()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_row_groups_read_their_own_rows_and_hold_what_they_say(dora, tmp_path):
+    """Any rows are those of the whole, bit for bit, and 20 groups read the base once and the adapter 20 times at most."""
+    import tracemalloc
+
+    rng = np.random.default_rng(7)
+    name, rows, width, rank = "model.layers.0.mlp.up_proj", 1003, 512, 3
+    (tmp_path / "b").mkdir()
+    save_file(
+        {f"{name}.weight": rng.normal(size=(rows, width)).astype(np.float32)}, tmp_path / "b" / "model.safetensors"
+    )
+    (tmp_path / "b" / "config.json").write_text('{"model_type": "llama"}')
+    parts = {"lora_A.weight": (rank, width), "lora_B.weight": (rows, rank)} | (
+        {"lora_magnitude_vector": (rows,)} if dora else {}
+    )
+    (tmp_path / "a").mkdir()
+    save_file({f"base_model.model.{name}.{key}": rng.normal(size=shape).astype(np.float32) for key, shape in parts.items()},
+              tmp_path / "a" / "adapter_model.safetensors")  # fmt: skip
+    settings = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 5,
+        "use_dora": dora,
+        "base_model_name_or_path": str(tmp_path / "b"),
+    }
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    with open_checkpoint(tmp_path / "a") as merged:
+        whole = merged.read(f"{name}.weight")
+        base, inner = merged.base, merged.base.read
+        taken = []
+        base.read = lambda *words: taken.append(inner(*words)) or taken[-1]
+        groups = [slice(at, min(at + 51, rows)) for at in range(0, rows, 51)]
+        np.testing.assert_array_equal(np.concatenate([merged.read(f"{name}.weight", g) for g in groups]), whole)
+        assert sum(part.nbytes for part in taken) == whole.nbytes
+        for rows_asked in (slice(5, 5), slice(127, 129), slice(-3, None)):
+            np.testing.assert_array_equal(merged.read(f"{name}.weight", rows_asked), whole[rows_asked])
+        taken.clear()
+        for asked in (slice(200, 700), None):
+            tracemalloc.start()
+            nbytes = merged.read(f"{name}.weight", asked).nbytes
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            taken.clear()
+            assert 0.5 * peak < merged.read_memory(f"{name}.weight", nbytes) < 3 * peak
+            assert peak <= merged.read_memory(f"{name}.weight", nbytes) + 20_000

@@ -73,7 +73,7 @@ class Verb(click.Command):
         self.sources = 1 if self.is_stage else self.stage.sources
         self.positional = [s for s in specs(self.stage.Options) if s.meta.get("kind") == "argument"]
         super().__init__(entry.name, params=self._params(specs(self.stage.Options)), callback=None,
-                         help=self._help(), short_help=self.stage.summary)  # fmt: skip
+                         help=self._help(), short_help=self.stage.summary, epilog=_examples(self.stage))  # fmt: skip
 
     def _help(self) -> str:
         text = self.stage.summary[:1].upper() + self.stage.summary[1:] + ".\n\n"
@@ -131,13 +131,19 @@ class Verb(click.Command):
                 )
             at = next(i for i, p in enumerate(self.params) if p.name == "output")
             self.params[at:at] = [_option(s) for s in extra]
-            self.epilog = f"Method {name}: {self.method.summary}. Source: {self.method.reference}."
+            self.epilog = f"Method {name}: {self.method.summary}. Source: {self.method.reference}.\n\n{self.epilog}"
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         given = {name: value for name, value in ctx.params.items()
                  if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}  # fmt: skip
         return _run(self, ctx, given)
+
+
+def _examples(stage: Any) -> str:
+    """The stage's examples, for the end of its help, where a terminal stops scrolling."""
+    shown = [f"  {command}\n      {why}" for command, why in getattr(stage, "examples", {}).items()]
+    return "\n".join(["\b", "Examples:", *shown]) if shown else ""  # \b: click wraps nothing in this paragraph
 
 
 def _metavar(spec: Spec) -> str:

@@ -6,6 +6,7 @@ Instances are made by the command line with no arguments; classes must import no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -69,6 +70,8 @@ class Stage(Protocol):
         """
         ...
 
+    examples: ClassVar[Mapping[str, str]]
+    """Command line -> what it shows, in a few words; for `--help` and the docs."""
     def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
         """Does the work: writes files into `out.path` only."""
         ...
@@ -116,3 +119,4 @@ def is_stage(cls: type) -> bool:
 
 
 __all__ = ["Answer", "Artifact", "Bound", "Method", "Path", "Plan", "Query", "Stage", "Written", "is_stage"]
+    examples: ClassVar[Mapping[str, str]]

@@ -50,6 +50,10 @@ class Work:
 class Compress:
     name = "compress"
     summary = "store linear layers and experts in 4 or 8 bits, and measure what it costs"
+    examples = {
+        "moeforge compress tuned --method nf4 -o small": "4 bits a weight, with perplexity beside the parent",
+        "moeforge compress tuned --method int8 --no-eval -o small": "8 bits a weight, nothing measured",
+    }
     api_version = 1
     consumes = frozenset({"checkpoint", "gguf", "adapter"})
     produces = "checkpoint"

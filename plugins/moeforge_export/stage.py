@@ -39,6 +39,10 @@ class Options:
 class Export:
     name = "export"
     summary = "write a checkpoint as a plain Hugging Face directory or as a GGUF file for llama.cpp"
+    examples = {
+        "moeforge export tuned --to gguf --type q8_0 -o exported": "a file for llama.cpp",
+        "moeforge export model.gguf --to hf -o model": "a directory for transformers",
+    }
     api_version = 1
     consumes = frozenset({"checkpoint", "gguf", "adapter"})
     produces = "checkpoint"

@@ -42,6 +42,10 @@ class Diff:
 
     name = "diff"
     summary = "compare two checkpoints: config, tensors, values (exit code 0: equal, 4: different)"
+    examples = {
+        "moeforge diff moe tuned": "what training changed, largest first",
+        "moeforge diff a b --tolerance 1e-3": "differences up to a thousandth of the largest value pass",
+    }
     api_version = 1
     consumes = frozenset({"checkpoint", "adapter", "gguf"})
     sources = 2

@@ -32,6 +32,10 @@ class Show:
 
     name = "show"
     summary = "tell what is in a checkpoint: parameters, mixtures, sizes, lineage, licence"
+    examples = {
+        "moeforge show moe": "parameters, experts, licence, lineage",
+        "moeforge upcycle org/dense --dry-run | moeforge show": "a plan, before a byte is written",
+    }
     api_version = 1
     consumes = frozenset({"checkpoint", "adapter", "gguf"})
     sources = 1

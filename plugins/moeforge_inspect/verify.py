@@ -37,6 +37,10 @@ class Findings:
 class Verify:
     name = "verify"
     summary = "rehash an artifact, check that it is complete, repeat its equality proof (exit code 0: whole, 4: not)"
+    examples = {
+        "moeforge verify moe": "hashes, completeness, and the proof once more",
+        "moeforge verify moe --no-proof": "files only, in seconds",
+    }
     api_version = 1
     consumes = frozenset({"checkpoint", "gguf"})
     sources = 1

@@ -49,6 +49,10 @@ class Push:
     name = "push"
     summary = "publish an artifact on the Hugging Face Hub, with a model card made from its lineage"
     api_version = 1
+    examples = {
+        "moeforge push tuned your-name/smol-moe --dry-run": "the files and their bytes; nobody is contacted",
+        "moeforge push tuned your-name/smol-moe --private -o pushed.json": "publish, and keep a receipt",
+    }
     consumes = frozenset({"checkpoint", "adapter", "gguf"})
     produces = "receipt"
     output = "file"

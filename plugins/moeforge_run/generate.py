@@ -38,6 +38,10 @@ class Options:
 class Generate:
     name = "generate"
     summary = "continue a prompt with any checkpoint, compressed and GGUF included"
+    examples = {
+        'moeforge generate moe "The with statement is used to" -n 24': "the likeliest continuation",
+        'moeforge generate moe "Tell me a story" --temperature 0.8 --top-p 0.95 --seed 1': "sampled, and repeatable",
+    }
     api_version = 1
     consumes = frozenset({"checkpoint", "gguf", "adapter"})
     sources = 1

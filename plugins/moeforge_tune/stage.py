@@ -86,6 +86,10 @@ class Tune:
     name: ClassVar[str] = "tune"
     summary: ClassVar[str] = "continue training on text; balances the experts, resumes after a kill"
     api_version: ClassVar[int] = 1
+    examples: ClassVar[dict[str, str]] = {
+        "moeforge tune moe --data notes/ --steps 500 -o tuned": "500 updates on a folder of text",
+        "moeforge tune moe --data builtin:prose --train experts,routers --minutes 5 -o tuned": "on text that is on every machine",
+    }
     consumes: ClassVar[frozenset[str]] = frozenset({"checkpoint", "gguf", "adapter"})
     produces: ClassVar[str] = "checkpoint"
     output: ClassVar[Literal["directory", "file"]] = "directory"

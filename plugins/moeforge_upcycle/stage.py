@@ -36,6 +36,11 @@ WIDENING = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("
 class Upcycle:
     name = "upcycle"
     summary = "turn a dense checkpoint into a mixture of experts that computes the same function"
+    examples = {
+        "moeforge upcycle org/dense --dry-run": "what would come out: size, layout, whether it is exact, who can load it",
+        "moeforge upcycle org/dense --experts 8 --top-k 2 -o moe": "8 copies of every FFN, 2 active, proven equal to the source",
+        "moeforge upcycle model.gguf --method split --granularity 4 --experts 32 --top-k 8 -o fine": "fine-grained experts",
+    }
     api_version = 1
     consumes = frozenset({"checkpoint", "adapter", "gguf"})
     produces = "checkpoint"

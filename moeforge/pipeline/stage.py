@@ -51,6 +51,8 @@ class Stage(Protocol):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    examples: ClassVar[Mapping[str, str]]
+    """Command line -> what it shows, in a few words; for `--help` and the docs."""
     api_version: ClassVar[int]
     consumes: ClassVar[frozenset[str]]
     """Artifact kinds accepted as SRC."""
@@ -70,8 +72,6 @@ class Stage(Protocol):
         """
         ...
 
-    examples: ClassVar[Mapping[str, str]]
-    """Command line -> what it shows, in a few words; for `--help` and the docs."""
     def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
         """Does the work: writes files into `out.path` only."""
         ...
@@ -104,6 +104,7 @@ class Query(Protocol):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    examples: ClassVar[Mapping[str, str]]
     api_version: ClassVar[int]
     consumes: ClassVar[frozenset[str]]
     sources: ClassVar[int]
@@ -119,4 +120,3 @@ def is_stage(cls: type) -> bool:
 
 
 __all__ = ["Answer", "Artifact", "Bound", "Method", "Path", "Plan", "Query", "Stage", "Written", "is_stage"]
-    examples: ClassVar[Mapping[str, str]]

@@ -19,6 +19,7 @@ from .safetensors import Header, pieces, read_header
 
 PREFIX = "sha256:"
 MANIFEST = "moeforge.json"
+CARD = "README.md"
 
 
 def cores() -> int:
@@ -83,15 +84,13 @@ def artifact_digest(files: Mapping[str, str]) -> str:
     return PREFIX + hashlib.sha256(lines.encode()).hexdigest()
 
 
-def verify_files(
+def changed_files(
     directory: Path,
     files: Mapping[str, Mapping[str, Any]],
     on_bytes: Callable[[int], None] | None = None,
     tensors: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """What differs between a directory and the `files` of its manifest (name -> {bytes, digest}): a line a mismatch.
-
-    Files that the manifest does not list are mismatches as well; names that start with a dot are nobody's business.
+    """Which of the `files` of a manifest (name -> {bytes, digest}) are missing or changed: a line a mismatch.
 
     Args:
         tensors: tensor name -> sha256 (hex, or its first digits); names what changed within a file.
@@ -128,8 +127,22 @@ def verify_files(
                 f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             )
             problems.append(f"{name}: digest {found}, the manifest says {info['digest']}{told if changed else ''}")
+    return problems
+
+
+def verify_files(
+    directory: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    on_bytes: Callable[[int], None] | None = None,
+    tensors: Mapping[str, str] | None = None,
+) -> list[str]:
+    """As :func:`changed_files`; files that the manifest does not list are mismatches as well.
+
+    Names that start with a dot are nobody's business, and the model card is written about an artifact after it is whole.
+    """
+    problems = changed_files(directory, files, on_bytes, tensors)
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
-        if name not in files and name != MANIFEST and not name.startswith("."):
+        if name not in files and name not in (MANIFEST, CARD) and not name.startswith("."):
             problems.append(f"{name}: not in the manifest")
     return problems

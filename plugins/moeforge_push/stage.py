@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeforge.checkpoint.digest import CARD, artifact_digest, changed_files
+from moeforge.checkpoint.directory import Folder
 from moeforge.errors import BadInput, UsageProblem
 from moeforge.hub import check_repo, push_files
 from moeforge.options import arg, format_bytes, opt
@@ -17,7 +19,6 @@ from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 from moeforge.report.card import model_card, public_manifest
 
-CARD = "README.md"
 RECEIPT = "receipt.json"
 
 
@@ -48,11 +49,11 @@ class Work:
 class Push:
     name = "push"
     summary = "publish an artifact on the Hugging Face Hub, with a model card made from its lineage"
-    api_version = 1
     examples = {
         "moeforge push tuned your-name/smol-moe --dry-run": "the files and their bytes; nobody is contacted",
         "moeforge push tuned your-name/smol-moe --private -o pushed.json": "publish, and keep a receipt",
     }
+    api_version = 1
     consumes = frozenset({"checkpoint", "adapter", "gguf"})
     produces = "receipt"
     output = "file"
@@ -69,8 +70,14 @@ class Push:
             raise BadInput(
                 f"{src.path}: files are missing or have another size than {MANIFEST} says; run `moeforge verify {src.path}`"
             )
-        card = model_card(src.manifest, _config(src.path), options.repo)
-        files: dict[str, Path | bytes] = {name: src.path / name for name in src.manifest["files"] if name != CARD}
+        listed = {name: info["digest"] for name, info in src.manifest["files"].items()}
+        if artifact_digest(listed) != src.digest:
+            raise BadInput(
+                f"{src.path}: the digest in {MANIFEST} is not that of the files it lists; it was edited, write the artifact again"
+            )
+        folder = Folder(src.path)
+        card = model_card(src.manifest, folder.config() if "config.json" in listed else None, options.repo)
+        files: dict[str, Path | bytes] = {name: folder.file(name) for name in listed if name != CARD}
         files[MANIFEST] = (json.dumps(public_manifest(src.manifest), indent=2) + "\n").encode()
         files[CARD] = card.encode()
         sizes = {
@@ -93,6 +100,7 @@ class Push:
         work: Work = plan.payload
         options = work.options
         assert work.source.manifest is not None
+        _check_digests(work, ctx)
         what = " ".join(filter(None, (work.source.manifest.get("verb"), work.source.manifest.get("method"))))
         with ctx.bar(f"uploading to {options.repo}", plan.facts["upload_bytes"], "B") as bar:
             done = push_files(
@@ -112,11 +120,19 @@ def _target(options: Options) -> str:
     return f"{options.repo} ({'pull request to ' if options.pr else ''}branch {options.branch})"
 
 
-def _config(directory: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((directory / "config.json").read_text("utf-8"))
-    except FileNotFoundError:
-        return None
+def _check_digests(work: Work, ctx: Context) -> None:
+    """Hash every file before anything is sent; the client hashes them once more, so this doubles a small cost.
+
+    Raises:
+        BadInput: a file is not the one that the manifest describes.
+    """
+    assert work.source.path is not None and work.source.manifest is not None
+    listed = {name: info for name, info in work.source.manifest["files"].items() if name != CARD}
+    with ctx.bar("hashing", sum(info["bytes"] for info in listed.values()), "B") as bar:
+        problems = changed_files(work.source.path, listed, bar.advance, work.source.manifest.get("tensors"))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise BadInput(f"{work.source.path}: {problems[0]}{more}; nothing was sent, write the artifact again")
 
 
 def _licence_warnings(manifest: dict[str, Any]) -> tuple[str, ...]:

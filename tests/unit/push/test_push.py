@@ -1,9 +1,13 @@
 """push over real HTTP: the unmodified huggingface_hub client against a loopback Hub, with faults."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
+from moeforge.checkpoint.digest import artifact_digest, file_digest
 from moeforge.hub import redact
 from moeforge.testing.command import run
 from moeforge.testing.hub_server import HubServer
@@ -11,10 +15,24 @@ from moeforge.testing.models import save_tiny
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": bytes(range(256)) * 40,
+    "model.safetensors": save({"a": np.random.default_rng(0).normal(size=(50, 50)).astype(np.float32)}),
     "tokenizer/t.json": b"{}",
 }
 TOKEN = "hf_averysecrettoken"
+
+
+def describe(where, names):
+    """Write the manifest of a directory that holds `names`."""
+    files = {
+        name: {"bytes": (where / name).stat().st_size, "digest": file_digest(where / name)} for name in sorted(names)
+    }
+    manifest = {
+        "schema": 1, "kind": "checkpoint", "verb": "upcycle", "method": "copy", "options": {}, "key": "k", "files": files,
+        "digest": artifact_digest({name: info["digest"] for name, info in files.items()}),
+        "parents": [{"ref": "/home/me/dense", "license": "mit"}], "verdicts": {"exact": True},
+    }  # fmt: skip
+    (where / "moeforge.json").write_text(json.dumps(manifest))
+    return manifest
 
 
 @pytest.fixture
@@ -24,12 +42,7 @@ def artifact(tmp_path):
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         (where / name).write_bytes(data)
     (where / "private-notes.txt").write_text("not in the manifest")
-    manifest = {
-        "schema": 1, "kind": "checkpoint", "verb": "upcycle", "method": "copy", "options": {}, "digest": "sha256:abc", "key": "k",
-        "files": {name: {"bytes": len(data), "digest": "sha256:0"} for name, data in FILES.items()},
-        "parents": [{"ref": "/home/me/dense", "license": "mit"}], "verdicts": {"exact": True},
-    }  # fmt: skip
-    (where / "moeforge.json").write_text(json.dumps(manifest))
+    describe(where, FILES)
     return where
 
 
@@ -63,7 +76,7 @@ def test_push_holds_exactly_the_listed_files_and_the_card(push, hub, artifact, t
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["commit"] == repo.refs["main"]
     assert receipt["repo"] == "org/made"
-    assert receipt["digest"] == "sha256:abc"
+    assert receipt["digest"] == json.loads(held["moeforge.json"])["digest"]
     assert receipt["files"]["model.safetensors"] == len(FILES["model.safetensors"])
     assert result.reference["kind"] == "receipt"
     assert TOKEN not in (tmp_path / "receipt.json").read_text()
@@ -92,7 +105,8 @@ def test_branch_new_and_existing_and_pull_request(push, hub, artifact, tmp_path)
     repo = hub.repos["org/made"]
     assert set(repo.files("main")) == {".gitattributes"}
     assert "model.safetensors" in repo.files("v2")
-    (artifact / "tokenizer/t.json").write_bytes(b"[]")  # as long as before
+    (artifact / "tokenizer/t.json").write_bytes(b"[]")
+    describe(artifact, FILES)
     assert push(artifact, "org/made", "--branch", "v2", "-o", tmp_path / "2").code == 0
     assert repo.files("v2")["tokenizer/t.json"] == b"[]"
     result = push(artifact, "org/made", "--pr", "-o", tmp_path / "3")
@@ -153,3 +167,47 @@ def test_only_whole_artifacts_are_pushed(push, hub, artifact, tmp_path):
 
 def test_tokens_are_blotted_out():
     assert redact("bad\n token hf_AbCdEf123456, sorry") == "bad token hf_***, sorry"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.txt", "tokenizer/../../secret.txt", "/etc/hostname", "linked.txt", "linked/secret.txt"]
+)
+def test_files_outside_the_artifact_are_never_sent(push, hub, artifact, tmp_path, name):
+    """A downloaded artifact may list what it likes, and hold links; its digests are right."""
+    (tmp_path / "outside").mkdir()
+    for secret in (tmp_path / "secret.txt", tmp_path / "outside" / "secret.txt"):
+        secret.write_text("do not publish")
+    (artifact / "linked.txt").symlink_to("../secret.txt")
+    (artifact / "linked").symlink_to("../outside")
+    describe(artifact, [*FILES, name])
+    for words in (("--dry-run",), ()):
+        result = push(artifact, "org/made", *words)
+        assert result.code == 3 and name in result.err, result.err
+    assert hub.requests == []
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(push, hub, artifact, tmp_path):
+    cache = tmp_path / "models--org--made"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    shutil.copytree(artifact, snapshot)
+    (snapshot / "model.safetensors").rename(cache / "blobs" / "1")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    result = push(snapshot, "org/again")
+    assert result.code == 0, result.err
+    assert hub.repos["org/again"].files("main")["model.safetensors"] == FILES["model.safetensors"]
+
+
+def test_what_changed_since_it_was_written_is_not_published(push, hub, artifact):
+    changed = bytearray(FILES["model.safetensors"])
+    changed[-3] ^= 1
+    (artifact / "model.safetensors").write_bytes(changed)
+    result = push(artifact, "org/made")
+    assert result.code == 3 and "model.safetensors: digest" in result.err and "nothing was sent" in result.err
+    assert hub.requests == []
+    (artifact / "model.safetensors").write_bytes(FILES["model.safetensors"])
+    body = json.loads((artifact / "moeforge.json").read_text())
+    (artifact / "moeforge.json").write_text(json.dumps(body | {"digest": "sha256:" + "0" * 64}))
+    result = push(artifact, "org/made", "--dry-run")
+    assert result.code == 3 and "it was edited" in result.err

@@ -10,6 +10,7 @@ group `moeforge.architectures` (name: the model type; object: a dict, or the pat
     tensors        role -> name of the tensors outside the layers
     layer_tensors  role -> name below the prefix
     fused          role -> the roles that lie in it, one after the other along its rows
+    shapes         role -> its sizes, each a config key or the product of several: "num_attention_heads * head_dim"
     when           role -> the setting that must be true (`!setting`: false) for the tensor to exist
     ignored        patterns of tensors that hold no weights
     settings       config key -> the value that the transformers class takes when the key is absent
@@ -25,6 +26,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BadInput
+from .dense_config import LAYER_TYPES, check_kinds, check_size, per_layer, rope
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 BOOKKEEPING = frozenset(
@@ -69,6 +72,10 @@ BOOKKEEPING = frozenset(
 )
 """Config keys that no family needs to list: read elsewhere, or without effect on the function."""
 
+TOWERS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Keys under which models of several modalities keep the config of their text model."""
+SENSES = ("vision_config", "audio_config")
+
 FFN: tuple[Literal["gate"], Literal["up"], Literal["down"]] = ("gate", "up", "down")
 
 
@@ -78,6 +85,10 @@ class Part:
 
     name: str
     rows: slice | None = None
+    shape: tuple[int, ...] = ()
+    """Sizes of the role's weights that the config asks for."""
+    sizes: tuple[str, ...] = ()
+    """Where they come from: a config key, or a product of several, for each dimension."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Architecture:
     tensors: Mapping[str, str]
     layer_tensors: Mapping[str, str]
     settings: Mapping[str, Any]
+    shapes: Mapping[str, tuple[str, ...]]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     when: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -101,25 +113,33 @@ class Architecture:
         `rope` (a flat dict with rope_type, rope_theta, partial_rotary_factor), `layer_types`, `head_dim`.
 
         Raises:
-            BadInput: a size is missing or is not a positive whole number, or the head counts do not divide.
+            BadInput: a size is missing or is not a positive whole number, the head counts do not divide, or a value is of
+                another kind than the family's.
         """
-        found = {**self.settings, **{key: value for key, value in config.items()}}
+        found = {**self.settings, **config}
         for key in REQUIRED:
-            if not isinstance(found.get(key), int) or isinstance(found[key], bool) or found[key] < 1:
-                raise BadInput(
-                    f"config.json: {key} = {found.get(key)!r}; a {self.model_type} model needs a positive number"
-                )
+            check_size(found, key, self.model_type)
+        check_kinds(found, {"num_key_value_heads": None, "head_dim": None, **self.settings})
         found["num_key_value_heads"] = found.get("num_key_value_heads") or found["num_attention_heads"]
         found["head_dim"] = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
+        if found["head_dim"] < 1:
+            raise BadInput(f"config.json: num_attention_heads = {found['num_attention_heads']} is more than "
+                           f"hidden_size = {found['hidden_size']}, and there is no head_dim")  # fmt: skip
         if found["num_attention_heads"] % found["num_key_value_heads"]:
             raise BadInput(f"config.json: num_attention_heads = {found['num_attention_heads']} is not a multiple of "
                            f"num_key_value_heads = {found['num_key_value_heads']}")  # fmt: skip
-        found["rope"] = _rope(found)
-        found["layer_types"] = found.get("layer_types") or self._derive_layer_types(found)
-        if self.no_rope_layers is not None and found.get("no_rope_layers") is None:
-            every = found[self.no_rope_layers["none_every"]]
+        found["rope"] = rope(found)
+        found["layer_types"] = per_layer(found, "layer_types", LAYER_TYPES) or self._derive_layer_types(found)
+        if self.no_rope_layers is not None and per_layer(found, "no_rope_layers", (0, 1)) is None:
+            every = self._number(found, self.no_rope_layers["none_every"])
             found["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(found["num_hidden_layers"])]
         return found
+
+    @staticmethod
+    def _number(found: Mapping[str, Any], key: str) -> int:
+        if found[key] is None:
+            raise BadInput(f"config.json: {key} = null, which says how layers alternate; give it a number")
+        return found[key]
 
     def _derive_layer_types(self, found: Mapping[str, Any]) -> list[str]:
         def sliding(layer: int) -> bool:
@@ -127,8 +147,8 @@ class Architecture:
             if rule is None or found.get("sliding_window") is None:
                 return False
             if "full_every" in rule:
-                return (layer + 1) % found[rule["full_every"]] != 0
-            return bool(found[rule["if"]]) and layer >= found[rule["sliding_from"]]
+                return (layer + 1) % self._number(found, rule["full_every"]) != 0
+            return bool(found[rule["if"]]) and layer >= self._number(found, rule["sliding_from"])
 
         return ["sliding_attention" if sliding(i) else "full_attention" for i in range(found["num_hidden_layers"])]
 
@@ -139,13 +159,11 @@ class Architecture:
 
     def locate(self, resolved: Mapping[str, Any]) -> dict[tuple[str, int | None], Part]:
         """(role, layer or None) -> where its weights lie, for every tensor that a model of this config has."""
+        shapes = {role: tuple(_product(size, resolved) for size in sizes) for role, sizes in self.shapes.items()}
         found: dict[tuple[str, int | None], Part] = {}
         for role, name in self.tensors.items():
             if self._exists(role, resolved):
-                found[role, None] = Part(name)
-        rows = {role: resolved[key] * resolved["head_dim"] for role, key in
-                (("q", "num_attention_heads"), ("k", "num_key_value_heads"), ("v", "num_key_value_heads"))}  # fmt: skip
-        rows |= {"gate": resolved["intermediate_size"], "up": resolved["intermediate_size"]}
+                found[role, None] = Part(name, None, shapes[role], self.shapes[role])
         for layer in range(resolved["num_hidden_layers"]):
             for role, name in self.layer_tensors.items():
                 if not self._exists(role, resolved):
@@ -153,10 +171,11 @@ class Architecture:
                 full = self.layer.format(layer=layer) + name
                 start = 0
                 for part in self.fused.get(role, ()):
-                    found[part, layer] = Part(full, slice(start, start + rows[part]))
-                    start += rows[part]
+                    end = start + shapes[part][0]
+                    found[part, layer] = Part(full, slice(start, end), shapes[part], self.shapes[part])
+                    start = end
                 if role not in self.fused:
-                    found[role, layer] = Part(full)
+                    found[role, layer] = Part(full, None, shapes[role], self.shapes[role])
         return found
 
     def _exists(self, role: str, resolved: Mapping[str, Any]) -> bool:
@@ -180,12 +199,27 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """The family of a config.json.
 
     Raises:
-        BadInput: it names no model type, or one that nobody has described.
+        BadInput: it names no model type, one that nobody has described, or one of a model of several modalities.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise BadInput(f"config.json: model_type = {model_type!r}; expected the name of a model family such as llama")
+    tower = text_tower(config)
+    if tower is not None and model_type not in known():
+        inner = f", whose text model is a {tower}" if tower else ""
+        raise BadInput(f"config.json: model_type = {model_type!r} is a model of several modalities{inner}; only plain text "
+                       "models are read: save its text model as a checkpoint of its own")  # fmt: skip
     return find(model_type)
+
+
+def text_tower(config: Mapping[str, Any]) -> str | None:
+    """The model type of the text model inside a model of several modalities, empty where its config does not say; None for a
+    plain text model."""
+    inner = next((config[key] for key in TOWERS if isinstance(config.get(key), Mapping)), None)
+    if inner is not None:
+        found = inner.get("model_type")
+        return found if isinstance(found, str) else ""
+    return "" if any(isinstance(config.get(key), Mapping) for key in SENSES) else None
 
 
 @functools.cache
@@ -198,17 +232,25 @@ def find(model_type: str) -> Architecture:
     raw = _table(model_type)
     fields: dict[str, Any] = {key: raw[key] for key in Architecture.__dataclass_fields__ if key in raw}
     fields |= {key: tuple(raw.get(key, ())) for key in ("classes", "ignored")}
-    fields["fused"] = {role: tuple(parts) for role, parts in raw.get("fused", {}).items()}
-    return Architecture(**fields)
+    for key in ("fused", "shapes"):
+        fields[key] = {role: tuple(parts) for role, parts in raw.get(key, {}).items()}
+    family = Architecture(**fields)
+    for role in (*family.tensors, *family.layer_tensors):
+        for part in family.fused.get(role, (role,)):
+            if part not in family.shapes:
+                raise BadInput(f"the description of model_type = {model_type!r} gives no shape for the role {part!r}")
+    return family
+
+
+def ours() -> list[str]:
+    """The model types of the files beside this module."""
+    folder = resources.files(__name__.rpartition(".")[0]).joinpath("architectures")
+    return sorted(file.name.removesuffix(".json") for file in folder.iterdir())
 
 
 def known() -> list[str]:
     """Every model type that someone has described."""
-    ours = [
-        file.name.removesuffix(".json")
-        for file in resources.files(__name__.rpartition(".")[0]).joinpath("architectures").iterdir()
-    ]
-    return sorted({*ours, *(point.name for point in _third_party())})
+    return sorted({*ours(), *(point.name for point in _third_party())})
 
 
 def _table(model_type: str) -> dict[str, Any]:
@@ -217,7 +259,7 @@ def _table(model_type: str) -> dict[str, Any]:
         return raw
     merged = dict(_table(raw["like"]))
     for key, value in raw.items():
-        if key in ("tensors", "layer_tensors", "when", "fused"):
+        if key in ("tensors", "layer_tensors", "when", "fused", "shapes"):
             merged[key] = {role: name for role, name in {**merged.get(key, {}), **value}.items() if name is not None}
         elif key == "settings":
             merged[key] = {**merged[key], **value}
@@ -240,20 +282,17 @@ def _read(model_type: str) -> dict[str, Any]:
 
 
 def _third_party() -> Iterable[metadata.EntryPoint]:
-    wanted = os.environ.get("MOEFORGE_PLUGINS")  # the same switch that moeforge.registry obeys
+    """Third parties' families, under the same switch and the same rule for names as in moeforge.registry."""
+    wanted = os.environ.get("MOEFORGE_PLUGINS")
+    allowed = None if wanted is None else {_normal(name) for name in wanted.split(",")}
     for point in metadata.entry_points(group="moeforge.architectures"):
-        if wanted is None or (point.dist is not None and point.dist.name in wanted.split(",")):
+        if allowed is None or (point.dist is not None and _normal(point.dist.name) in allowed):
             yield point
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One flat description of the rotary embedding from the keys of either dialect: `rope_parameters` (transformers 5)
-    or `rope_theta`, `rope_scaling`, `partial_rotary_factor` (before)."""
-    raw = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    found = {key: value for key, value in raw.items() if key != "type"}
-    found.setdefault("rope_type", raw.get("type", "default"))
-    for key in ("rope_theta", "partial_rotary_factor"):
-        found.setdefault(key, config.get(key))
-    if found["rope_type"] in ("llama3", "yarn", "longrope"):
-        found.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    return found
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution.strip()).lower()
+
+
+def _product(size: str, resolved: Mapping[str, Any]) -> int:
+    return math.prod(resolved[key] for key in size.split(" * "))

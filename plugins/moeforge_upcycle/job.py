@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.checkpoint.architectures import FFN, Architecture, architecture
+from moeforge.checkpoint.architectures import FFN, Architecture, Part, architecture, text_tower
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.ops import TensorOp
 from moeforge.checkpoint.planned import PlannedCheckpoint
@@ -217,7 +217,7 @@ def examine(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any], Paren
     Raises:
         BadInput: a tensor is missing, is not a float, or is not accounted for by the config.
     """
-    family = architecture(checkpoint.config)
+    family = _family(checkpoint)
     settings = family.resolve(checkpoint.config)
     parts = family.locate(settings)
     wanted = {part.name for part in parts.values()}
@@ -234,21 +234,38 @@ def examine(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any], Paren
         if checkpoint.tensors[name].dtype not in FLOATS:
             raise BadInput(f"{checkpoint.ref}: {name} has dtype {checkpoint.tensors[name].dtype}; "
                            "a quantised source needs --dequantize")  # fmt: skip
-    parent = Parent(checkpoint, parts)
-    _check_ffn(parent, settings)
-    return family, settings, parent
+    _check_shapes(checkpoint, parts, settings)
+    return family, settings, Parent(checkpoint, parts)
 
 
-def _check_ffn(parent: Parent, settings: dict[str, Any]) -> None:
-    width, hidden = settings["intermediate_size"], settings["hidden_size"]
-    for (role, layer), part in parent.parts.items():
-        if role not in FFN:
-            continue
-        wanted = (hidden, width) if role == "down" else (width, hidden)
-        whole = parent.checkpoint.tensors[part.name].shape
-        if len(whole) != 2 or parent.info(role, layer).shape != wanted or (part.rows and part.rows.stop > whole[0]):
-            raise BadInput(f"{parent.checkpoint.ref}: {part.name} has shape {list(whole)}, which does not hold the "
-                           f"{role} matrix {list(wanted)} of intermediate_size = {width}, hidden_size = {hidden}")  # fmt: skip
+def _family(checkpoint: Checkpoint) -> Architecture:
+    """The family, or a refusal that also tells what would stand in the way of a text model inside this one."""
+    try:
+        return architecture(checkpoint.config)
+    except BadInput as error:
+        reason = pairs.hopeless(text_tower(checkpoint.config) or "")
+        raise BadInput(f"{checkpoint.ref}: {error}{f'; nor would that help: {reason}' if reason else ''}") from None
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, parts: Mapping[tuple[str, int | None], Part], settings: Mapping[str, Any]
+) -> None:
+    """Every tensor has the sizes that the config gives its role.
+
+    Raises:
+        BadInput: naming the tensor, both shapes, and the config keys that decide.
+    """
+    tensors: dict[str, dict[str, Part]] = defaultdict(dict)
+    for (role, _), part in parts.items():
+        tensors[part.name][role] = part
+    for name, roles in tensors.items():
+        found, (first, *_) = checkpoint.tensors[name].shape, roles.values()
+        wanted = first.shape if first.rows is None else (sum(p.shape[0] for p in roles.values()), *first.shape[1:])
+        if found != wanted:
+            keys = dict.fromkeys(key for part in roles.values() for size in part.sizes for key in size.split(" * "))
+            said = ", ".join(f"{key} = {settings[key]}" for key in keys)
+            raise BadInput(f"{checkpoint.ref}: {name} has shape {list(found)}, which does not hold {' and '.join(roles)} "
+                           f"of shape {list(wanted)} ({said})")  # fmt: skip
 
 
 def _like(checkpoint: Checkpoint, family: Architecture, settings: dict[str, Any]) -> Parent:

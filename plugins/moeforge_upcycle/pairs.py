@@ -1,26 +1,29 @@
 """Which dense family becomes which mixture without changing the function: `pairs/<model_type>.json`.
 
-    source    the dense model type
+    source    the dense model type (for the reader)
     require   predicates that hold for every target below
     pairs     in order of preference: {"target", "require": predicates, "config": keys that differ from the layout's own}
     never     {"target" or "*", "key", "because"}: why some target (or every one) cannot hold this family
 
-A predicate that fails names the config key that breaks exactness. `--allow-inexact` turns it into a recorded warning.
+`_any.json` holds `require` and `never` of every family. A predicate that fails names the config key that breaks exactness.
+`--allow-inexact` turns it into a recorded warning, unless it is `fatal`.
+
+A third party adds a family, or targets of a family that we have, under the entry-point group `moeforge.upcycle_pairs` (see
+moeforge_upcycle.described).
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
+from moeforge.checkpoint.dense_config import written_as
 from moeforge.errors import BadInput
 from moeforge.pipeline.artifact import Problem
 
-from . import targets
+from . import described, targets
 from .predicates import Predicate, fill, lookup
 from .targets import Target
 
@@ -64,24 +67,30 @@ def load(source: str) -> tuple[tuple[Pair, ...], tuple[Never, ...]]:
     Raises:
         BadInput: nobody has described how this family becomes a mixture.
     """
-    file = resources.files(__name__.rpartition(".")[0]).joinpath("pairs", f"{source}.json")
-    if not file.is_file():
-        raise BadInput(f"model_type = {source!r}: no mixture is known that computes the same function; "
-                       f"families with one: {', '.join(_sources())}")  # fmt: skip
-    raw = json.loads(file.read_text("utf-8"))
-    common = [Predicate.parse(item) for item in raw.get("require", ())]
-    pairs = tuple(
-        Pair(source, targets.load(item["target"]), (*common, *map(Predicate.parse, item.get("require", ()))),
-             item.get("config", {}))
-        for item in raw["pairs"]
-    )  # fmt: skip
-    return pairs, tuple(Never(**item) for item in raw.get("never", ()))
+    (common,) = described.find("pairs", "_any")
+    found = described.find("pairs", source)
+    if not found:
+        raise BadInput(f"model_type = {source!r}: no mixture is known that computes the same function; families with one: "
+                       f"{', '.join(sources())}; a plugin can add one (group {described.GROUPS['pairs']})")  # fmt: skip
+    pairs = []
+    for raw in found:
+        for item in raw.get("pairs", ()):
+            rules = (*common["require"], *raw.get("require", ()), *item.get("require", ()))
+            require = tuple(map(Predicate.parse, rules))
+            pairs.append(Pair(source, targets.load(item["target"]), require, item.get("config", {})))
+    never = [Never(**item) for raw in (*found, common) for item in raw.get("never", ())]
+    return tuple(pairs), tuple(never)
 
 
-def _sources() -> list[str]:
-    return sorted(
-        f.name.removesuffix(".json") for f in resources.files(__name__.rpartition(".")[0]).joinpath("pairs").iterdir()
-    )
+def sources() -> list[str]:
+    """The dense families that some mixture can hold."""
+    return [name for name in described.names("pairs") if load(name)[0]]
+
+
+def hopeless(source: str) -> str:
+    """Why no mixture can hold a family, whatever its config says; empty where one can, or where nobody knows."""
+    pairs, never = load(source) if source in described.names("pairs") else ((), ())
+    return "" if pairs else next((rule.because for rule in never if rule.target == "*"), "")
 
 
 def choose(
@@ -106,8 +115,8 @@ def choose(
     """
     pairs, never = load(source)
     for rule in never:
-        if rule.target in (wanted, "*"):
-            problem = Problem(rule.key, lookup(settings, rule.key), rule.because)
+        if rule.target == wanted or (rule.target == "*" and not pairs):
+            problem = Problem(written_as(rule.key, settings), lookup(settings, rule.key), rule.because)
             into = "any mixture" if rule.target == "*" else rule.target
             raise BadInput(f"{source} cannot become {into}: {problem}{_instead(pairs, rule.target)}")
     if wanted != "auto":
@@ -127,7 +136,8 @@ def choose(
             return Match(pair, dropped, (), tuple(passed))
         else:
             passed += problems
-            second_best = second_best or Match(pair, dropped | lost, tuple(problems), ())
+            if not any(problem.fatal for problem in problems):
+                second_best = second_best or Match(pair, dropped | lost, tuple(problems), ())
     if allow_inexact and second_best is not None:
         return second_best
     advice = "; --allow-inexact goes on and records it" if second_best is not None else ""
@@ -147,7 +157,8 @@ def check(
             dropped |= set(rule.drops)
             continue
         lost |= set(rule.drops)
-        problems.append(Problem(rule.key, lookup(settings, rule.key), rule.because, fatal=False))
+        key = written_as(rule.key, settings)
+        problems.append(Problem(key, lookup(settings, rule.key), rule.because, fatal=rule.fatal))
     return problems, frozenset(dropped), frozenset(lost)
 
 

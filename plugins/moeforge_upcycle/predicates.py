@@ -13,7 +13,8 @@ OPS: dict[str, Callable[[Any, Any], bool]] = {
     "==": lambda found, wanted: found == wanted,
     "!=": lambda found, wanted: found != wanted,
     "all": lambda found, wanted: all(item == wanted for item in found or ()),
-    "none or at least": lambda found, wanted: found is None or found >= wanted,
+    "in": lambda found, wanted: found in wanted,
+    "none or at least": lambda found, wanted: found is None or (wanted is not None and found >= wanted),
 }
 
 
@@ -22,7 +23,8 @@ class Predicate:
     """One condition on a config.
 
     `drops` names the tensor roles that are lost when the condition is false but allowed; a predicate with `drops`
-    also holds when all of those tensors are zero.
+    also holds when all of those tensors are zero. `fatal`: what breaks it cannot be allowed, for nothing useful would be
+    written.
     """
 
     key: str
@@ -30,10 +32,12 @@ class Predicate:
     value: Any
     because: str = ""
     drops: tuple[str, ...] = ()
+    fatal: bool = False
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Predicate:
-        return cls(raw["key"], raw["op"], raw["value"], raw.get("because", ""), tuple(raw.get("drops", ())))
+        return cls(raw["key"], raw["op"], raw["value"], raw.get("because", ""), tuple(raw.get("drops", ())),
+                   raw.get("fatal", False))  # fmt: skip
 
     def holds(self, settings: Mapping[str, Any]) -> bool:
         return OPS[self.op](lookup(settings, self.key), fill(self.value, settings))

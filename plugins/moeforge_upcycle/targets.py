@@ -18,20 +18,20 @@ config         config keys and their values; $name is a setting (see predicates.
 portability    runtime -> rules {"verdict", "when", "because"}; the first whose conditions hold on the output config counts
 """
 
+A third party adds a layout under the entry-point group `moeforge.upcycle_targets` (see moeforge_upcycle.described).
+
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 from moeforge.errors import UsageProblem
 from moeforge.options import did_you_mean
 
 from .recipe import Matrix
+from . import described
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,14 @@ def load(model_type: str) -> Target:
 
 def known() -> list[str]:
     """The names of all layouts."""
-    files = (file.name for file in resources.files(__name__.rpartition(".")[0]).joinpath("targets").iterdir())
-    return sorted(name.removesuffix(".json") for name in files if name.endswith(".json") and not name.startswith("_"))
+    return described.names("targets")
 
 
 def _table(model_type: str) -> dict[str, Any]:
-    file = resources.files(__name__.rpartition(".")[0]).joinpath("targets", f"{model_type}.json")
-    if not re.fullmatch(r"\w+", model_type) or not file.is_file():
+    found = described.find("targets", model_type)
+    if not found:
         raise UsageProblem(f"--target {model_type!r}: no such layout: {did_you_mean(model_type, known())}")
-    raw = json.loads(file.read_text("utf-8"))
+    raw = found[0]
     if "like" not in raw:
         return raw
     merged = dict(_table(raw["like"]))

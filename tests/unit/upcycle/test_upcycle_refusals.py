@@ -1,6 +1,7 @@
 """What cannot be exact is refused before a byte is written, naming the config key and value in the way."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from moeforge.errors import BadInput, ExitCode, UsageProblem
 from moeforge.testing import inprocess
+from moeforge_upcycle import pairs
 
 REFUSED = [
     ("gemma", {}, "auto", "hidden_act = 'gelu_pytorch_tanh'"),
@@ -32,6 +34,10 @@ REFUSED = [
     ("olmo2", {}, "olmoe", "model_type = 'olmo2'"),
     ("mistral", {"sliding_window": 8}, "glm4_moe", "sliding_window = 8"),
     ("mistral", {"sliding_window": 8}, "granitemoe", "sliding_window = 8"),
+    ("mistral", {"sliding_window": 8}, "qwen2_moe", "sliding_window = 8"),
+    ("smollm3", {"attention_bias": True}, "auto", "attention_bias = True"),
+    ("smollm3", {"mlp_bias": True}, "auto", "mlp_bias = True"),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "mixtral", "use_sliding_window = True"),
     (
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -49,13 +55,13 @@ REFUSED = [
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "auto",
-        r"rope.partial_rotary_factor = 0\.5",
+        r"rope_parameters.partial_rotary_factor = 0\.5",
     ),
     (
         "phi3",
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
         "auto",
-        "rope.rope_type = 'longrope'",
+        "rope_parameters.rope_type = 'longrope'",
     ),
     ("granite", {"mlp_bias": True}, "auto", "mlp_bias = True"),
     ("ernie4_5", {"use_bias": True}, "auto", "use_bias = True"),
@@ -183,11 +189,11 @@ def test_auto_finds_a_layout_for_the_request(dense):
 
 @pytest.fixture
 def damaged(dense, tmp_path):
-    """damaged(change, **config): a copy of a tiny Llama after `change(tensors)`, with config keys replaced."""
+    """damaged(change, **config): a copy of a tiny model after `change(tensors)`, with config keys replaced."""
 
-    def make(change=lambda tensors: None, **config):
+    def make(change=lambda tensors: None, family="llama", **config):
         directory = tmp_path / "damaged"
-        shutil.copytree(dense("llama"), directory)
+        shutil.copytree(dense(family), directory)
         tensors = load_file(directory / "model.safetensors")
         change(tensors)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -208,7 +214,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t.pop("lm_head.weight"), {}, "has lm_head.weight, the files do not"),
         (lambda t: t.update({"model.extra.weight": t[NAME]}), {}, "model.extra.weight would be lost"),
         (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t["model.norm.weight"]}), {}, "q_proj.bias would be lost"),
-        (lambda t: t.update({NAME: t[NAME][:90]}), {}, r"shape \[90, 64\], which does not hold the up matrix \[96, 64\]"),
+        (lambda t: t.update({NAME: t[NAME][:90]}), {}, r"shape \[90, 64\], which does not hold up of shape \[96, 64\]"),
         (lambda t: None, {"intermediate_size": 128}, "intermediate_size = 128"),
         (lambda t: t.update({NAME: t[NAME].astype(np.int8)}), {}, "dtype I8"),
         (lambda t: None, {"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight and 8 more tensors would be lost"),
@@ -235,3 +241,61 @@ def test_rotary_caches_of_old_files_are_left_out(damaged):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     plan = inprocess.plan("upcycle", damaged(lambda t: t.update({name: np.ones(8, np.float32)})))
     assert name not in plan.tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "named"),
+    [
+        # transformers reads every one of these as longrope for Phi-3
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}, "rope_scaling.type = 'su'"),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type = 'yarn'"),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters.rope_type = 'linear'"),
+        ("phi3", {"rope_parameters": {"rope_type": "magic"}}, "rope_parameters.rope_type = 'magic'"),
+        ("llama", {"rope_scaling": {"rope_type": "magic", "factor": 2.0}}, "rope_scaling.rope_type = 'magic'"),
+        ("qwen3", {"rope_scaling": {"type": "su"}}, "rope_scaling.type = 'su'"),
+        ("qwen2", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("olmo2", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor = 0.5"),
+        ("cohere2", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("ernie4_5", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("granite", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("smollm3", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("mistral", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ],
+)  # fmt: skip
+def test_rotary_embeddings_that_no_target_has(family, config, named, damaged):
+    """The refusal speaks the config's own dialect."""
+    target = {"qwen2": "qwen2_moe", "mistral": "mixtral"}.get(family, "auto")
+    with pytest.raises(BadInput, match=rf"[ :]{re.escape(named)}") as refusal:
+        inprocess.plan("upcycle", damaged(family=family, **config), target=target)
+    assert "rope.rope_type" not in str(refusal.value)
+
+
+def test_what_would_not_load_cannot_be_allowed(damaged):
+    """An unknown rotary embedding is no matter of exactness: transformers could not build the mixture."""
+    source = damaged(rope_scaling={"type": "magic"})
+    with pytest.raises(BadInput, match=r"rope_scaling\.type = 'magic'") as refusal:
+        inprocess.plan("upcycle", source, allow_inexact=True)
+    assert "--allow-inexact" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "a gemma3_text; .* no native mixture holds that block"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "several modalities, whose text model is a llama; "),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}, "vision_config": {}}, "text model is a mistral; "),
+        ({"model_type": "qwen2_vl", "vision_config": {"depth": 32}}, "model_type = 'qwen2_vl' is a model of several modalities; "),
+    ],
+)  # fmt: skip
+def test_a_model_of_several_modalities_is_called_that(config, said, damaged):
+    with pytest.raises(BadInput, match=said) as refusal:
+        inprocess.plan("upcycle", damaged(**config))
+    assert ("no native mixture" in str(refusal.value)) is (config["model_type"] == "gemma3")
+
+
+def test_families_without_a_mixture_are_not_offered():
+    assert not {"gemma", "gemma2", "gemma3_text", "exaone4"} & set(pairs.sources())
+    assert {"llama", "qwen2", "olmo2"} <= set(pairs.sources())
+    with pytest.raises(BadInput, match="families with one: cohere2, ernie4_5, granite, llama") as refusal:
+        pairs.load("mamba")
+    assert "gemma" not in str(refusal.value)

@@ -29,7 +29,7 @@ OUT = Path(os.environ.get("DEMO_OUT") or ROOT / "build" / "demo")
 PROMPT = os.environ.get("PROMPT") or "The with statement is used to"
 PIPE = """\
 moeforge upcycle {source} --experts 8 --top-k 2 -o upcycled |
-  moeforge tune --data builtin:pydoc --train '{train}' \\
+  moeforge tune --data builtin:prose --train '{train}' \\
     --minutes 2 --sequence-length 256 --batch-size 2 --learning-rate 3e-4 --held-out 0.01 -o tuned |
   moeforge compress --method nf4 --eval-tokens 512 -o compressed |
   moeforge push your-name/my-first-mixture --dry-run"""

@@ -357,7 +357,7 @@ class Loop:
             return
         path = self.keeper.place(self.step)
         meta = {"step": self.step, "tokens": self.tokens, "seconds": self._elapsed(), "metrics": metrics.sync(),
-                "cursor": [self.cursor.epoch, self.cursor.place, self.cursor.offset]}  # fmt: skip
+                "cursor": self.cursor.as_json()}  # fmt: skip
         save_state(path, self.named, self.optimizer, meta)
         self.keeper.record(path, self.step)
 
@@ -370,6 +370,6 @@ class Loop:
         self.step = meta["step"]
         self.tokens = self._resumed_tokens = meta["tokens"]
         self._resumed_seconds = meta["seconds"]
-        self.cursor = Cursor(*meta["cursor"])
+        self.cursor = Cursor.from_json(meta["cursor"])
         self.say(f"continuing after step {self.step}")
         return Metrics(self.directory, meta["metrics"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,19 +10,34 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import BadInput
-from .data import Document
+from .data import Document, Pool
 
 IGNORE = -100
 """Label of a token that is not predicted from (the last of a document, padding)."""
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """Where the next row begins: `offset` tokens into the `place`-th document of pass `epoch`."""
+class Place:
+    """How far one pool is read: `offset` tokens into the `index`-th document of pass `epoch`, `tokens` predicted so far."""
 
     epoch: int = 0
-    place: int = 0
+    index: int = 0
     offset: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the next row begins: a place in each pool; none is the beginning of all."""
+
+    places: tuple[Place, ...] = ()
+
+    @classmethod
+    def from_json(cls, places: Sequence[Sequence[int]]) -> Cursor:
+        return cls(tuple(Place(*place) for place in places))
+
+    def as_json(self) -> list[list[int]]:
+        return [[place.epoch, place.index, place.offset, place.tokens] for place in self.places]
 
 
 @dataclass(frozen=True)
@@ -50,64 +66,84 @@ class Packer:
     its tokens are each predicted exactly once a pass. With `shared=False` a row holds one piece only and is padded: for
     models whose attention cannot be told about borders.
 
+    Of several pools, the next document always comes from the one whose predicted tokens lag most behind its weight, so that
+    no pool is ever ahead of its weight by more than one document; each pool has passes of its own, a small one
+    is repeated while a large one is not yet through.
+
     Args:
-        documents: what to train on.
+        pools: what to train on.
         encode: content to token ids, end-of-document token included.
         length: T, slots in a row.
         seed: None keeps the given order (held-out text).
     """
 
-    def __init__(self, documents: Sequence[Document], encode: Callable[[Document], Sequence[int]], length: int,
+    def __init__(self, pools: Sequence[Pool], encode: Callable[[Document], Sequence[int]], length: int,
                  seed: int | None, *, shared: bool = True, pad: int = 0):  # fmt: skip
-        self.documents, self.encode, self.length, self.seed = documents, encode, length, seed
+        self.pools, self.encode, self.length, self.seed = pools, encode, length, seed
         self.shared, self.pad = shared, pad
-        self._tokens: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, tuple[int, list[int]]] = {}
+        self._tokens: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0, np.int64))
 
-    def order(self, epoch: int) -> list[int]:
-        """The order of documents in pass `epoch`."""
-        order = list(range(len(self.documents)))
-        if self.seed is not None:
-            random.Random(f"{self.seed}/order/{epoch}").shuffle(order)
-        return order
+    def order(self, pool: int, epoch: int) -> list[int]:
+        """The order of a pool's documents in pass `epoch`."""
+        if self._orders.get(pool, (-1,))[0] != epoch:
+            order = list(range(len(self.pools[pool].documents)))
+            if self.seed is not None:
+                random.Random(f"{self.seed}/order/{epoch}").shuffle(order)
+            self._orders[pool] = (epoch, order)
+        return self._orders[pool][1]
 
     def rows(self, cursor: Cursor = Cursor(), *, repeat: bool = True) -> Iterator[Row]:
         """Rows from `cursor` on: for ever (full rows that run on into the next pass), or to the end of one pass.
 
         Raises:
-            BadInput: a whole pass without one token to predict.
+            BadInput: a whole pass of a pool without one token to predict.
         """
+        places = list(cursor.places) or [Place()] * len(self.pools)
+        last = [math.inf if repeat else place.epoch for place in places]
         pieces: list[np.ndarray] = []
         room = self.length
-        while True:
-            order = self.order(cursor.epoch)
-            predicted = cursor.place + cursor.offset  # 0: a whole pass lies ahead
-            while cursor.place < len(order):
-                tokens = self._encoded(order[cursor.place])
-                # the last token has nothing to predict, so a piece ends before it; it still is the label before
-                left = len(tokens) - 1 - cursor.offset
-                if left <= 0:
-                    cursor = replace(cursor, place=cursor.place + 1, offset=0)
-                    continue
-                take = min(left, room)
-                pieces.append(tokens[cursor.offset : cursor.offset + take + 1])
-                cursor = replace(cursor, offset=cursor.offset + take)
-                room -= take
-                predicted += take
-                if room == 0 or not self.shared:
-                    yield self._row(pieces, cursor)
-                    pieces, room = [], self.length
-            if predicted == 0:
-                raise BadInput("the documents hold no text to learn from: each is shorter than two tokens")
-            if not repeat:
-                if pieces:
-                    yield self._row(pieces, cursor)
-                return
-            cursor = Cursor(cursor.epoch + 1)
+        while (turn := self._turn(places, last)) is not None:
+            place = places[turn]
+            tokens = self._encoded(turn, self.order(turn, place.epoch)[place.index])
+            # the last token has nothing to predict, so a piece ends before it; it still is the label before
+            left = len(tokens) - 1 - place.offset
+            take = min(max(left, 0), room)
+            places[turn] = self._after(turn, place, take, done=take >= left)
+            if take == 0:
+                continue
+            pieces.append(tokens[place.offset : place.offset + take + 1])
+            room -= take
+            if room == 0 or not self.shared:
+                yield self._row(pieces, Cursor(tuple(places)))
+                pieces, room = [], self.length
+        if pieces:
+            yield self._row(pieces, Cursor(tuple(places)))
 
-    def _encoded(self, index: int) -> np.ndarray:
+    def _turn(self, places: Sequence[Place], last: Sequence[float]) -> int | None:
+        """Whose document is next: one that is not yet through, else that of the pool which lags most; None when all are
+        through their last pass."""
+        waiting = [i for i, place in enumerate(places) if place.epoch <= last[i]]
+        begun = [i for i in waiting if places[i].offset]
+        return begun[0] if begun else min(waiting, key=lambda i: places[i].tokens / self.pools[i].weight, default=None)
+
+    def _after(self, pool: int, place: Place, taken: int, *, done: bool) -> Place:
+        """The place behind `taken` tokens; `done` with the document."""
+        tokens = place.tokens + taken
+        if not done:
+            return replace(place, offset=place.offset + taken, tokens=tokens)
+        if place.index + 1 < len(self.pools[pool].documents):
+            return Place(place.epoch, place.index + 1, 0, tokens)
+        if tokens == 0:
+            first = self.pools[pool].documents[0].key
+            raise BadInput(f"the documents ({first}, ...) hold no text to learn from: each is shorter than two tokens")
+        return Place(place.epoch + 1, 0, 0, tokens)
+
+    def _encoded(self, pool: int, index: int) -> np.ndarray:
         """The tokens of a document; the latest is kept, since its pieces are asked for one after another."""
-        if self._tokens[0] != index:
-            self._tokens = (index, np.asarray(self.encode(self.documents[index]), np.int64))
+        if self._tokens[0] != (pool, index):
+            encoded = np.asarray(self.encode(self.pools[pool].documents[index]), np.int64)
+            self._tokens = ((pool, index), encoded)
         return self._tokens[1]
 
     def _row(self, pieces: list[np.ndarray], cursor: Cursor) -> Row:

@@ -18,7 +18,8 @@ from moeforge.model.weights import WeightMap
 from moeforge.pipeline.artifact import Plan
 from moeforge.pipeline.stage import Written
 from moeforge.report.plots import plot_load, plot_loss
-from moeforge.train.data import Document
+from moeforge.train.data import Pool
+from moeforge.train.encoding import Encoder
 from moeforge.train.export import trained_ops
 from moeforge.train.loop import Loop, Result, Settings, borders_hold, save_memory
 from moeforge.train.packing import Packer
@@ -81,9 +82,9 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
             f"{'bf16' if short else 'fp32'}, {len(sites)} mixture layers, {where}")  # fmt: skip
     precise = _precise(source) if short else None
 
-    def packer(documents: Sequence[Document], seed: int | None) -> Packer:
+    def packer(pools: Sequence[Pool], seed: int | None) -> Packer:
         pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
-        return Packer(documents, Encoder(tokenizer), options.sequence_length, seed, shared=shared, pad=pad)
+        return Packer(pools, Encoder(tokenizer), options.sequence_length, seed, shared=shared, pad=pad)
 
     budget, amount = options.budget
     settings = Settings(
@@ -93,7 +94,7 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
         evaluate_every=options.evaluate_every, save_every=options.save_every,
     )  # fmt: skip
     (out.path / FOLDER).mkdir(exist_ok=True)
-    return Loop(model, sites, choice, settings, packer(job.train, options.seed), packer(job.held, None) if job.held else None,
+    return Loop(model, sites, choice, settings, packer(job.train, options.seed), packer([Pool(job.held)], None) if job.held else None,
                 out.path / FOLDER, precise=precise, keeper=States(out.path, out.journal), check=ctx.check, say=ctx.say,
                 accelerator=accelerator)  # fmt: skip
 
@@ -109,23 +110,6 @@ def _precise(source: Checkpoint) -> Any:
         return value
 
     return read
-
-
-class Encoder:
-    """Documents to token ids: text with the tokenizer's own start token, messages through its chat template, and an
-    end-of-text token behind each."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def __call__(self, document: Document) -> list[int]:
-        content = document.read()
-        if isinstance(content, str):
-            ids = self.tokenizer(content, verbose=False)["input_ids"]
-        else:
-            ids = self.tokenizer.apply_chat_template(content, tokenize=True, return_dict=True)["input_ids"]
-        return ids if ids[-1:] == self.end else ids + self.end
 
 
 class States:

@@ -10,7 +10,7 @@ from moeforge.errors import BadInput, UsageProblem
 from moeforge.options import opt
 from moeforge.pipeline.artifact import Artifact, Plan
 from moeforge.pipeline.stage import Bound, Written
-from moeforge.train.data import Document, find_documents, hold_out
+from moeforge.train.data import Document, Pool, find_pools, hold_out_pools
 
 if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint
@@ -25,8 +25,9 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Options:
-    data: tuple[str, ...] = opt("text to learn from: .txt .md .rst .py .jsonl .parquet, a directory, or builtin:pydoc, "
-                                "builtin:stdlib, builtin:licenses; may be repeated", metavar="PATH")  # fmt: skip
+    data: tuple[str, ...] = opt("text to learn from: .txt .md .rst .py .jsonl .parquet, a directory, a dataset of the Hub "
+                                "(org/name[@revision][:split]), or builtin:prose, builtin:code, builtin:legal; SOURCE=WEIGHT "
+                                "sets its share of the tokens", metavar="SOURCE", reads=True)  # fmt: skip
     train: str = opt(
         "what learns: all, experts, routers, or patterns of parameter names; comma-separated", default="all"
     )
@@ -63,7 +64,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise UsageProblem("tune needs text: --data PATH, or --data builtin:pydoc")
+            raise UsageProblem("tune needs text: --data PATH, or --data builtin:prose")
         given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageProblem(f"--{given[0]} and --{given[1]} are two budgets; give one")
@@ -85,20 +86,20 @@ class Tune:
 
     name: ClassVar[str] = "tune"
     summary: ClassVar[str] = "continue training on text; balances the experts, resumes after a kill"
-    api_version: ClassVar[int] = 1
     examples: ClassVar[dict[str, str]] = {
         "moeforge tune moe --data notes/ --steps 500 -o tuned": "500 updates on a folder of text",
         "moeforge tune moe --data builtin:prose --train experts,routers --minutes 5 -o tuned": "on text that is on every machine",
     }
+    api_version: ClassVar[int] = 1
     consumes: ClassVar[frozenset[str]] = frozenset({"checkpoint", "gguf", "adapter"})
     produces: ClassVar[str] = "checkpoint"
     output: ClassVar[Literal["directory", "file"]] = "directory"
     default_method: ClassVar[str | None] = None
     Options: ClassVar[type] = Options
 
-    def inputs(self, options: Options) -> list[Any]:
+    def inputs(self, options: Options, method: Bound | None) -> list[Any]:
         """Identity of the text, for the run's key: names, sizes and times, no contents."""
-        return [document.identity for document in find_documents(options.data)]
+        return [document.identity for pool in find_pools(options.data) for document in pool.documents]
 
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
         from moeforge.checkpoint import open_checkpoint
@@ -138,14 +139,14 @@ def refuse(source: Checkpoint) -> None:
 def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     from moeforge.train.estimate import count_selected, peak_memory
 
-    documents = find_documents(options.data)
-    train, held = hold_out(documents, options.held_out, options.seed)
+    train, held = hold_out_pools(find_pools(options.data), options.held_out, options.seed)
+    documents = [document for pool in train for document in pool.documents]
     total = sum(info.size for info in source.tensors.values())
     trained = count_selected(source.tensors, options.train)
     budget, amount = options.budget
     per_step = options.tokens_a_step
     tokens = None if budget == "minutes" else int(amount * (per_step if budget == "steps" else 1))
-    available = sum(document.size for document in train) // BYTES_PER_TOKEN
+    available = sum(document.size for document in documents) // BYTES_PER_TOKEN
     warnings = []
     if tokens is not None and available and tokens > 20 * available:
         warnings.append(
@@ -163,7 +164,7 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
         "tokens": tokens,
         "tokens_a_step": per_step,
         "budget": f"{amount:g} {budget}",
-        "documents": len(train),
+        "documents": len(documents),
         "documents_held_out": len(held),
         "text_tokens": available,
         "read_bytes": sum(info.nbytes for info in source.tensors.values()),
@@ -181,7 +182,7 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     what = options.train if trained is None else f"{trained:,} of {total:,} parameters"
     return Plan(
         verb="tune", method=None,
-        summary=f"train {what} for {amount:g} {budget} on {len(train)} documents",
+        summary=f"train {what} for {amount:g} {budget} on {len(documents)} documents",
         config=dict(source.config),
         tensors={name: (info.dtype, info.shape) for name, info in source.tensors.items()},
         facts={name: value for name, value in facts.items() if value is not None},
@@ -196,5 +197,5 @@ class Job:
 
     src: Artifact
     options: Options
-    train: tuple[Document, ...]
+    train: tuple[Pool, ...]
     held: tuple[Document, ...]

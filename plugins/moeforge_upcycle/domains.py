@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeforge.errors import BadInput, UsageProblem
+from moeforge.texts import PREFIX, builtin
 
-BUILTIN = "builtin:"
+DEFAULT = ("builtin:prose", "builtin:code")
 CHARACTERS = 8
 """Characters cut for each token wanted: more than any usual tokenizer needs for one token of prose or code."""
 
@@ -49,12 +50,12 @@ class Domain:
 
 
 def load(sources: Sequence[str]) -> list[Domain]:
-    """One domain for each source: a text file, or `builtin:prose`, `builtin:code`; without sources, both of these.
+    """One domain for each source: a text file, or a text of :mod:`moeforge.texts`; without sources, `DEFAULT`.
 
     Raises:
         UsageProblem: a file that cannot be read as UTF-8 text, an unknown built-in, or a name given twice.
     """
-    domains = [_one(source) for source in sources or [BUILTIN + name for name in _BUILTINS]]
+    domains = [_one(source) for source in sources or DEFAULT]
     names = [domain.name for domain in domains]
     for name in names:
         if names.count(name) > 1:
@@ -63,43 +64,17 @@ def load(sources: Sequence[str]) -> list[Domain]:
 
 
 def _one(source: str) -> Domain:
-    if source.startswith(BUILTIN):
-        name = source.removeprefix(BUILTIN)
-        if name not in _BUILTINS:
-            raise UsageProblem(f"--calibration {source}: built in are " + ", ".join(BUILTIN + n for n in _BUILTINS))
-        return Domain(source, _BUILTINS[name]())
+    if source.startswith(PREFIX):
+        return Domain(source, "\n\n".join(text.read() for text in builtin(source, "--calibration")))
     try:
         text = Path(source).expanduser().read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UsageProblem(f"--calibration {source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise UsageProblem(
-            f"--calibration {source}: {error.strerror or error}; give a text file or {BUILTIN}prose"
+            f"--calibration {source}: {error.strerror or error}; give a text file or {DEFAULT[0]}"
         ) from error
     return Domain(source, text)
-
-
-def _prose() -> str:
-    """The language reference that `help()` prints: 465 kB of English in every CPython."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[key] for key in sorted(topics))
-
-
-def _code() -> str:
-    """Sources of some long modules of the standard library."""
-    import argparse
-    import collections
-    import difflib
-    import inspect
-    import statistics
-    import tarfile
-    import typing
-
-    return "\n\n".join(inspect.getsource(m) for m in (argparse, collections, difflib, statistics, tarfile, typing))
-
-
-_BUILTINS: dict[str, Callable[[], str]] = {"prose": _prose, "code": _code}
 
 
 @dataclass(frozen=True)

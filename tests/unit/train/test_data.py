@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moeforge.errors import BadInput, UsageProblem
-from moeforge.train.data import find_documents, hold_out
+from moeforge.train.data import find_documents, find_pools, hold_out, hold_out_pools
 
 
 def test_a_directory_is_read_by_name_hidden_files_and_others_left_out(tmp_path):
@@ -53,14 +53,14 @@ def test_unknown_sources_are_refused_with_what_would_do(tmp_path):
     (tmp_path / "x.docx").write_text("x")
     with pytest.raises(UsageProblem, match=r"\.docx is not a kind"):
         find_documents([str(tmp_path / "x.docx")])
-    with pytest.raises(UsageProblem, match="did you mean 'pydoc'"):
-        find_documents(["builtin:pydocs"])
+    with pytest.raises(UsageProblem, match="did you mean 'builtin:prose'"):
+        find_documents(["builtin:prosa"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no documents"):
         find_documents([str(tmp_path / "empty")])
 
 
-@pytest.mark.parametrize("name", ["pydoc", "stdlib"])
+@pytest.mark.parametrize("name", ["prose", "code"])
 def test_built_in_text_is_real(name):
     found = find_documents([f"builtin:{name}"])
     assert len(found) > 50
@@ -101,3 +101,29 @@ def test_an_edited_file_has_another_identity(tmp_path):
     before = [d.identity for d in find_documents([str(file)])]
     file.write_text('{"text": "bb"}\n')
     assert [d.identity for d in find_documents([str(file)])] != before
+
+
+def test_weights_make_pools(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(10)))
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    (plain,) = find_pools([a, b])
+    assert len(plain.documents) == 20
+    one, other = find_pools([f"{a}=0.7", f"{b}=3e-1"])
+    assert (one.weight, other.weight) == (0.7, 0.3)
+    assert [d.read() for d in other.documents] == [f"b{i}" for i in range(10)]
+    train, held = hold_out_pools([one, other], 0.2, seed=1)
+    assert [(len(pool.documents), pool.weight) for pool in train] == [(8, 0.7), (8, 0.3)]
+    assert sorted(d.read()[0] for d in held) == ["a", "a", "b", "b"]
+    with pytest.raises(UsageProblem, match=r"b\.jsonl has no weight"):
+        find_pools([f"{a}=1", b])
+    for number in ("0", "-1", "nan", "inf"):
+        with pytest.raises(UsageProblem, match="above 0"):
+            find_pools([f"{a}={number}"])
+
+
+def test_a_directory_whose_name_looks_like_a_weight_is_that_directory(tmp_path):
+    (tmp_path / "x=0.5").mkdir()
+    (tmp_path / "x=0.5" / "a.txt").write_text("odd")
+    (pool,) = find_pools([str(tmp_path / "x=0.5")])
+    assert [d.read() for d in pool.documents] == ["odd"] and pool.weight == 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moeforge.errors import GateRefused, Interrupted
 from moeforge.pipeline.progress import Progress
-from moeforge.train.data import Document
+from moeforge.train.data import Document, Pool
 from moeforge.train.loop import Loop, Settings, evaluate, save_memory
 from moeforge.train.packing import Packer
 from moeforge.train.params import choose
@@ -23,9 +23,8 @@ LENGTHS = [9, 30, 4, 17, 2, 25, 12, 8, 40, 3]
 def corpus(seed=0, lengths=LENGTHS):
     generator = np.random.default_rng(seed)
     bodies = {f"d{i}": generator.integers(3, 61, length) for i, length in enumerate(lengths)}
-    return [Document(key, len(body), lambda key=key: key) for key, body in bodies.items()], lambda document: bodies[
-        document.key
-    ]
+    documents = tuple(Document(key, len(body), lambda key=key: key) for key, body in bodies.items())
+    return [Pool(documents)], lambda document: bodies[document.key]
 
 
 class Keeper:
@@ -67,9 +66,9 @@ def make(tiny, directory, family="mixtral", *, shared=True, select="all", held=T
     model = tiny(family).to(dtype)
     sites = find_sites(model)
     choice = choose(model, sites, select)
-    documents, encode = corpus()
+    pools, encode = corpus()
     options = {"rows": 2, "accumulate": 2, "amount": 6, "learning_rate": 3e-3, "warmup": 0.2, **settings}
-    return Loop(model, sites, choice, Settings(**options), Packer(documents, encode, length, 5, shared=shared),
+    return Loop(model, sites, choice, Settings(**options), Packer(pools, encode, length, 5, shared=shared),
                 Packer(*corpus(1, [20, 7]), length, None) if held else None, directory, precise=precise,
                 keeper=Keeper(directory) if keep else None, **({"check": check} if check else {}))  # fmt: skip
 
@@ -271,10 +270,10 @@ def test_budgets(tiny, tmp_path):
 
 def test_held_out_loss_is_the_mean_over_its_tokens(tiny):
     model = tiny("mixtral").double()
-    documents, encode = corpus(1, [20, 7, 11])
-    found = evaluate(model, find_sites(model), Packer(documents, encode, 8, None, shared=False), 2, torch.device("cpu"))
+    pools, encode = corpus(1, [20, 7, 11])
+    found = evaluate(model, find_sites(model), Packer(pools, encode, 8, None, shared=False), 2, torch.device("cpu"))
     total, count = 0.0, 0
-    for document in documents:
+    for document in pools[0].documents:
         body = torch.from_numpy(encode(document))
         for start in range(0, len(body) - 1, 8):
             tokens, labels = body[start : start + 8], body[start + 1 : start + 9]

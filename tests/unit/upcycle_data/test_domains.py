@@ -29,7 +29,7 @@ def test_refusals(tmp_path):
         (str(tmp_path / "absent"), "No such file"),
         (str(tmp_path / "image.png"), "not UTF-8.*byte 0"),
         (str(tmp_path), "directory"),
-        ("builtin:law", "builtin:prose"),
+        ("builtin:law", "builtin:legal"),
     ]:
         with pytest.raises(UsageProblem, match=told):
             domains.load([source])

@@ -1,9 +1,13 @@
 """`show` and `verify` on what the real verbs wrote."""
 
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
 
 from moeforge.errors import ExitCode
 from moeforge.testing.command import run
@@ -141,14 +145,61 @@ def test_verify_without_a_manifest_checks_completeness(ask, copy):
 
 
 def test_verify_says_what_it_could_not_prove(ask, copy):
-    body = json.loads((copy / "moeforge.json").read_text())
-    body["parents"][0]["digest"] = "sha256:" + "1" * 64
-    (copy / "moeforge.json").write_text(json.dumps(body))
-    assert "it changed since" in ask(Verify, copy).data["skipped"][0]
-    body["parents"][0]["ref"] = str(copy / "gone")
-    (copy / "moeforge.json").write_text(json.dumps(body))
+    reparent(copy, ref=str(copy / "gone"))
     assert "cannot be opened" in ask(Verify, copy).data["skipped"][0]
     assert ask(Verify, copy, proof=False).data["skipped"] == []
+
+
+def reparent(directory, **changes):
+    """Edit what the manifest says of the parent."""
+    body = json.loads((directory / "moeforge.json").read_text())
+    body["parents"][0] |= changes
+    (directory / "moeforge.json").write_text(json.dumps(body))
+
+
+def test_a_parent_with_other_times_is_proven_and_another_one_is_told(ask, copy, dense, tmp_path):
+    other = shutil.copytree(dense, tmp_path / "other")
+    reparent(copy, ref=str(other))
+    os.utime(other / "model.safetensors", (1, 1))
+    answer = ask(Verify, copy)
+    assert answer.data["proof"]["exact"] and answer.data["skipped"] == []
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = -weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, other / "model.safetensors")
+    answer = ask(Verify, copy)
+    assert answer.exit_code == ExitCode.OK and "it changed since" in answer.data["skipped"][0]
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    answer = ask(Verify, copy)
+    assert answer.exit_code == ExitCode.OK and "it changed since" in answer.data["skipped"][0]
+
+
+def test_a_parent_on_the_hub_is_no_fault_of_a_machine_that_is_offline(copy, tmp_path):
+    reparent(copy, ref="org/gone", revision="0" * 40)
+    offline = run("verify", copy, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")})
+    assert offline.code == 0 and "cannot be opened: org/gone" in offline.out, offline.out + offline.err
+
+
+def test_parents_are_opened_as_they_were_then(dense, tmp_path):
+    """Quantised as recorded; pickled only for who says so now, as the manifest may be a stranger's."""
+    weights = load_file(dense / "model.safetensors")
+    pickled = shutil.copytree(dense, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({name: torch.from_numpy(value) for name, value in weights.items()}, pickled / "pytorch_model.bin")
+    quantised = shutil.copytree(dense, tmp_path / "quantised")
+    rng, stem = np.random.default_rng(5), "model.layers.0.mlp.down_proj"
+    shape = weights[f"{stem}.weight"].shape
+    weights[f"{stem}.weight"] = rng.integers(-127, 128, shape).astype(np.int8)
+    weights[f"{stem}.SCB"] = rng.uniform(0.1, 0.2, shape[0]).astype(np.float32)
+    save_file(weights, quantised / "model.safetensors")
+    config = json.loads((dense / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (quantised / "config.json").write_text(json.dumps(config))
+    words = ("--experts", 2, "--top-k", 1, "--no-verify", "-o")
+    run("upcycle", pickled, "--allow-pickle", *words, tmp_path / "a", check=True)
+    run("upcycle", quantised, "--dequantize", *words, tmp_path / "b", check=True)
+    told = run("verify", tmp_path / "a", "--json", check=True).reference
+    assert "--allow-pickle" in told["skipped"][0]
+    assert run("verify", tmp_path / "a", "--json", "--allow-pickle", check=True).reference["proof"]["exact"]
+    assert run("verify", tmp_path / "b", "--json", check=True).reference["proof"]["exact"]
 
 
 def test_a_broken_promise_is_found(ask, copy):

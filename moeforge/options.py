@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -53,7 +54,7 @@ def format_bytes(count: float) -> str:
 
 def opt(help: str, *, default: Any = dataclasses.MISSING, unit: str | None = None, min: float | None = None,
         max: float | None = None, short: str | None = None, metavar: str | None = None,
-        affects_output: bool = True) -> Any:  # fmt: skip
+        affects_output: bool = True, reads: bool = False) -> Any:  # fmt: skip
     """An option's dataclass field.
 
     Args:
@@ -62,9 +63,12 @@ def opt(help: str, *, default: Any = dataclasses.MISSING, unit: str | None = Non
         min, max: inclusive bounds, checked wherever the value comes from.
         short: one-letter alias such as `-n`.
         affects_output: False for options that change speed or display only; they stay out of the artifact's key.
+        reads: the value names a file, a directory or a checkpoint that the run reads (implied by the type `Path`): shells
+            complete it, and no output is put over it. `NAME=SOMETHING` counts as NAME. What is in it enters the key through
+            `Stage.inputs`.
     """
     meta = {"kind": "option", "help": help, "unit": unit, "min": min, "max": max, "short": short, "metavar": metavar,
-            "affects_output": affects_output}  # fmt: skip
+            "affects_output": affects_output, "reads": reads}  # fmt: skip
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -94,6 +98,10 @@ class Spec:
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else None
 
     @property
+    def reads(self) -> bool:
+        return self.type is Path or bool(self.meta.get("reads"))
+
+    @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
@@ -108,8 +116,7 @@ class Spec:
                 return None
             raise UsageProblem(f"{self.flag} needs a value")
         if self.many:
-            values = [value] if isinstance(value, str | int | float) else list(value)
-            return tuple(self._scalar(v) for v in values)
+            return tuple(self._scalar(v) for v in (value if isinstance(value, list | tuple) else [value]))
         return self._scalar(value)
 
     def _scalar(self, value: Any) -> Any:
@@ -119,8 +126,11 @@ class Spec:
             return value
         if self.type is Bytes:
             return Bytes.parse(value)
-        if self.type is Path:
-            return Path(value)
+        if self.reads:
+            if not isinstance(value, str | Path):
+                raise UsageProblem(f"{self.flag} is a path, not {value!r}")
+            expand(value, self.flag)
+            return self.type(value)
         if self.type is bool:
             if not isinstance(value, bool):
                 raise UsageProblem(f"{self.flag} is on or off, not {value!r}")
@@ -131,17 +141,41 @@ class Spec:
             raise UsageProblem(f"{self.flag} is a number, not {value!r}")
         try:
             result = self.type(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UsageProblem(f"{self.flag} {value!r} is not a valid {self.type.__name__}") from None
         if self.type is int and isinstance(value, float) and result != value:
             raise UsageProblem(f"{self.flag} is a whole number, not {value!r}")
         low, high = self.meta.get("min"), self.meta.get("max")
-        # written so that NaN fails both comparisons
-        if (low is not None and not result >= low) or (high is not None and not result <= high):
+        if self.type is float and not math.isfinite(result) and result not in (low, high):
+            raise UsageProblem(f"{self.flag} {value}: must be a finite number")
+        if (low is not None and result < low) or (high is not None and result > high):
             bounds = " and ".join(b for b in (f"at least {low}" if low is not None else "",
                                               f"at most {high}" if high is not None else "") if b)  # fmt: skip
             raise UsageProblem(f"{self.flag} {value}: must be {bounds}")
         return result
+
+
+def expand(path: str | Path, flag: str) -> Path:
+    """`path` with `~` and `~user` replaced by the home directory.
+
+    Raises:
+        UsageProblem: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageProblem(f"{flag} {path}: there is no such user; write the directory out") from error
+
+
+def named_inputs(options: Any) -> list[str]:
+    """The values of every option that names something to be read."""
+    found = []
+    for spec in specs(type(options)):
+        value = getattr(options, spec.name)
+        if spec.reads and value is not None:
+            for name in map(str, value if spec.many else [value]):
+                found += [name, name.rpartition("=")[0]] if "=" in name else [name]
+    return found
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

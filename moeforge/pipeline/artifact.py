@@ -8,11 +8,14 @@ before anything is written.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from ..errors import BadInput, UsageProblem
+from ..options import expand
+from .schema import check_manifest
 
 SCHEMA = 1
 MANIFEST = "moeforge.json"
@@ -94,10 +97,13 @@ def locate(ref: str) -> Artifact:
     Raises:
         BadInput: a path that does not exist, or a manifest that cannot be read.
     """
-    path = Path(ref).expanduser()
+    try:
+        path = expand(ref, "SRC")
+    except UsageProblem as error:
+        raise BadInput(str(error)) from error
     if path.name == MANIFEST:
         path = path.parent
-    if path.exists():
+    if os.path.exists(path):
         path = path.resolve()
         manifest = read_manifest(path) if path.is_dir() else None
         if manifest is None:
@@ -109,7 +115,7 @@ def locate(ref: str) -> Artifact:
     name = ref.partition("@")[0]
     if name.count("/") == 1 and not ref.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return Artifact("checkpoint", ref)
-    if Path(str(path) + ".partial").exists():
+    if os.path.exists(f"{path}.partial"):
         raise BadInput(
             f"{ref} is unfinished ({path.name}.partial is there): run the command that writes it again, it resumes"
         )
@@ -120,17 +126,18 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of an artifact directory, or None where there is none.
 
     Raises:
-        BadInput: it is there but is not one that this release can read.
+        BadInput: it is there but is not one that this release can read; see :func:`moeforge.pipeline.schema.check_manifest`.
     """
     file = directory / MANIFEST
     try:
         body = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file}: unreadable manifest: {error}") from error
-    if not isinstance(body, dict) or body.get("schema") != SCHEMA or not isinstance(body.get("kind"), str):
+    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
         raise BadInput(f"{file}: not a moeforge manifest of schema {SCHEMA}")
+    check_manifest(body, str(file))
     return body
 
 

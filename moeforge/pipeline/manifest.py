@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,18 @@ LINEAGE_FIELDS = ("verb", "method", "options", "method_options", "reference", "d
 
 
 def run_key(
-    verb: str, src: Artifact, source_digest: str, options: Any, method: Bound | None, owners: tuple[str, ...]
-) -> str:
-    """Hash of everything that decides the output's bytes: verb, versions of whoever computes them, options, input."""
+    verb: str, src: Artifact, source_digest: str, options: Any, method: Bound | None, owners: tuple[str, ...],
+    inputs: Sequence[Any] = (),
+) -> str:  # fmt: skip
+    """Hash of everything that decides the output's bytes: verb, versions of whoever computes them, options, inputs.
+
+    Args:
+        inputs: JSON-able identities of what is read beside the source.
+    """
     body: dict[str, Any] = {
         "schema": SCHEMA, "verb": verb, "versions": {name: _version(name) for name in sorted({"moeforge", *owners})},
         "source": source_digest, "kind": src.kind, "options": to_json(options, only_affecting_output=True),
+        "inputs": list(inputs),
     }  # fmt: skip
     if method is not None:
         body["method"] = [method.name, to_json(method.options, only_affecting_output=True)]

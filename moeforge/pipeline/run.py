@@ -6,17 +6,21 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.digest import artifact_digest, file_digest
-from ..errors import BadInput
+from ..errors import BadInput, UsageProblem
+from ..options import expand, named_inputs
 from .artifact import MANIFEST, Artifact, Plan, locate, read_manifest
 from .context import Context
+from .disk import disk_errors
+from .journal import JOURNAL
 from .manifest import build_manifest, run_key, whole
+from .place import file_kind, keep_apart, tidy
 from .stage import Bound
-from .workspace import JOURNAL, claim, disk_errors, touch_manifest
+from .workspace import claim, touch_manifest
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,24 @@ def pin(src: Artifact, options: Any) -> tuple[Artifact, str]:
     return src, identity["digest"]
 
 
+def pin_inputs(stage: Any, options: Any, method: Bound | None) -> tuple[Bound | None, list[Any]]:
+    """The method with its parents pinned, and the identity of everything that is read beside the source.
+
+    Raises:
+        BadInput, UsageProblem: a parent or a file cannot be opened.
+    """
+    found: list[Any] = []
+    if method is not None and method.parents:
+        pinned = [pin(locate(ref), options) for ref in method.parents]
+        found += [["parent", digest] for _, digest in pinned]
+        method = replace(method, pinned=tuple(parent.ref for parent, _ in pinned))
+    if hasattr(stage, "inputs"):
+        found += stage.inputs(options, method)
+    if method is not None and hasattr(method.method, "inputs"):
+        found += method.method.inputs(options, method.options)
+    return method, found
+
+
 def check_kind(stage: Any, src: Artifact) -> None:
     """Refuse an artifact that the verb does not take.
 
@@ -92,23 +114,30 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
     stage = request.stage
     check_kind(stage, src)
     src, source_digest = pin(src, request.options)
-    key = run_key(stage.name, src, source_digest, request.options, request.method, request.owners)
+    method, inputs = pin_inputs(stage, request.options, request.method)
+    key = run_key(stage.name, src, source_digest, request.options, method, request.owners, inputs)
     suffix = ".json" if stage.output == "file" else ""
-    output = request.output or ctx.home / "artifacts" / f"{stage.name}-{key[:16]}{suffix}"
-    output = Path(os.path.abspath(output.expanduser()))
+    output = _absolute(request.output or ctx.home / "artifacts" / f"{stage.name}-{key[:16]}{suffix}")
+    keep_apart(output, _read_from(src, request.options, method))
 
-    if stage.output == "directory" and output.is_dir() and not request.force:
+    if stage.output == "directory" and os.path.isdir(output) and not request.force:
         manifest = read_manifest(output)
         if manifest is not None and manifest.get("key") == key and whole(output, manifest):
+            tidy(output)
             touch_manifest(output)
             return Outcome(locate(str(output)), manifest, reused=True)
 
-    plan = stage.plan(src, request.options, request.method)
+    plan = stage.plan(src, request.options, method)
     for warning in plan.warnings:
         ctx.warn(warning)
     started = time.monotonic()
-    force = request.force or (stage.output == "file" and _is_ours(output, stage.produces))
-    with claim(output, key, force) as space, disk_errors(output):
+    # a receipt may replace a receipt
+    force = request.force or (stage.output == "file" and file_kind(output) == stage.produces)
+    with claim(output, key, force, stage.output) as space, disk_errors(output):
+        if space.manifest is not None:
+            ctx.say(f"{output} was complete but for its name; nothing is made again")
+            space.publish(force)
+            return Outcome(locate(str(output)), space.manifest, reused=False)
         if space.resumed:
             ctx.say(f"resuming {output}: {len(space.journal.finished)} finished files are kept")
         written = stage.run(plan, space, ctx)
@@ -121,7 +150,7 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
                 "counts": written.counts,
                 **json.loads(made.read_text("utf-8")),
             }
-            space.finish_file(force)
+            space.finish_file(made, force)
             return Outcome(Artifact(written.kind, str(output), output, verb=stage.name), manifest, False, written.notes)
         files = {}
         for path in sorted(p for p in space.path.rglob("*") if p.is_file()):
@@ -130,15 +159,24 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
                 files[name] = {"bytes": path.stat().st_size, "digest": written.digests.get(name) or file_digest(path)}
         digest = artifact_digest({name: info["digest"] for name, info in files.items()})
         manifest = build_manifest(key=key, src=src, plan=plan, written=written, options=request.options,
-                                  method=request.method, files=files, digest=digest,
+                                  method=method, files=files, digest=digest,
                                   seconds=time.monotonic() - started, resumed=space.resumed)  # fmt: skip
         space.finish(manifest, force)
     return Outcome(locate(str(output)), manifest, False, written.notes)
 
 
-def _is_ours(file: Path, kind: str) -> bool:
-    """Whether an existing output file is an earlier one of the same kind (a receipt may replace a receipt)."""
-    try:
-        return json.loads(file.read_text("utf-8")).get("kind") == kind
-    except (OSError, ValueError, AttributeError):
-        return False
+def _absolute(output: Path) -> Path:
+    found = Path(os.path.abspath(expand(output, "-o")))
+    if not found.name:
+        raise UsageProblem(f"-o {output} is the root directory; give it a name")
+    return found
+
+
+def _read_from(src: Artifact, options: Any, method: Bound | None) -> list[Path]:
+    """Every local place that the run reads: source, parents, and what options that are declared so name."""
+    found = [src.path] if src.path is not None else []
+    named = list(method.parents) if method is not None else []
+    for table in (options, method.options if method is not None else None):
+        named += named_inputs(table) if table is not None else []
+    found += [expand(name, "input") for name in named]
+    return [path for path in found if os.path.lexists(path)]

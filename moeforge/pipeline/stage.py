@@ -25,6 +25,15 @@ class Bound:
     name: str
     method: Any
     options: Any
+    pinned: tuple[str, ...] | None = None
+    """`parents` with moving Hub branches pinned to their commits; None before a run has pinned them."""
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Refs of the checkpoints that the method reads beside SRC, as they are to be opened."""
+        if self.pinned is not None:
+            return self.pinned
+        return tuple(self.method.parents(self.options)) if hasattr(self.method, "parents") else ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,17 @@ class Written:
 
 
 class Stage(Protocol):
-    """A verb that turns an artifact into another artifact."""
+    """A verb that turns an artifact into another artifact.
+
+    A stage that reads more than SRC and its options also has
+
+        def inputs(self, options, method: Bound | None) -> Sequence[Any]: ...
+
+    JSON-able identities (digests, or names with sizes and times) of the other files that decide the output's bytes. They
+    are part of the run's key: a change in them is another run, never "already done" and never a resume. It is called
+    before `plan`; without it nothing but SRC, the method's `parents` and the options is assumed to matter. Options that
+    name such files are declared with `opt(..., reads=True)`, so that the output cannot be put over them.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -78,7 +97,16 @@ class Stage(Protocol):
 
 
 class Method(Protocol):
-    """One way of doing a verb. Each verb adds its own small protocol to this."""
+    """One way of doing a verb. Each verb adds its own small protocol to this.
+
+    Two more are optional, and the core knows them:
+
+        def parents(self, options) -> Sequence[str]: ...
+        def inputs(self, stage_options, method_options) -> Sequence[Any]: ...
+
+    `parents` are refs of checkpoints read beside SRC. The core pins and digests them; open `Bound.parents`, never the
+    options. `inputs` is what `Stage.inputs` is, for files that only this method reads.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]

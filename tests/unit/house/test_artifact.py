@@ -7,12 +7,13 @@ import pytest
 from moeforge.errors import BadInput
 from moeforge.pipeline.artifact import Artifact, locate, parse_line
 
+MANIFEST = {"schema": 1, "kind": "checkpoint", "verb": "upcycle", "digest": "sha256:aa", "parents": [],
+            "files": {"a": {"bytes": 1, "digest": "sha256:cc"}}}  # fmt: skip
+
 
 @pytest.fixture
 def made(tmp_path):
-    (tmp_path / "moeforge.json").write_text(
-        json.dumps({"schema": 1, "kind": "checkpoint", "verb": "upcycle", "digest": "sha256:aa"})
-    )
+    (tmp_path / "moeforge.json").write_text(json.dumps(MANIFEST))
     return tmp_path
 
 
@@ -45,6 +46,8 @@ def test_unknown_keys_are_ignored(made):
         ('{"moeforge": 1, "kind": "plan"}', "without a plan"),
         ("/no/such/place", "no such file"),
         ("a/b/c", "no such file"),
+        ("~no-such-user-here/x", "no such user"),
+        ("/" + "n" * 300, "no such file"),
     ],
 )
 def test_what_is_not_a_reference_is_refused(text, word):
@@ -69,3 +72,51 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "moeforge.json").write_text(text)
     with pytest.raises(BadInput, match="manifest"):
         locate(str(tmp_path))
+
+
+HOSTILE = {
+    "kind": [None, 5],
+    "verb": [None, ["upcycle"]],
+    "digest": [None, 7],
+    "key": [{}],
+    "files": [None, [], {"a": 5}, {"a": {}}, {"a": {"bytes": "1", "digest": "x"}}, {"a": {"bytes": True, "digest": "x"}},
+              {"a": {"bytes": -1, "digest": "x"}}, {"a": {"bytes": 1, "digest": None}}]
+             + [{name: {"bytes": 1, "digest": "x"}} for name in ("/etc/passwd", "../a", "a/../../b", "", ".", "a//b", "./a",
+                                                                "a/..", "a\0b")],
+    "parents": [None, {}, ["x"], [{}], [{"ref": 5}], [{"ref": "x", "digest": 1}], [{"ref": "x", "manifest": []}],
+                [{"ref": "x", "manifest": {"verb": 5}}], [{"ref": "x", "manifest": {"parents": [5]}}]],
+    "verdicts": [[], "exact"],
+    "counts": [3],
+    "options": [[]],
+    "method_options": ["x"],
+    "tensors": [{"a": 5}, []],
+    "versions": [{"torch": None}],
+    "timings": [{"seconds": "long"}, []],
+    "warnings": ["x"],
+    "facts": [[]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in HOSTILE.items() for value in values])
+def test_a_hostile_manifest_is_one_line(made, key, value):
+    (made / "moeforge.json").write_text(json.dumps(MANIFEST | {key: value}))
+    with pytest.raises(BadInput, match=key) as refused:
+        locate(str(made))
+    assert "moeforge.json" in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["kind", "verb", "digest", "files", "parents"])
+def test_a_manifest_without_what_everyone_reads_is_refused(made, key):
+    (made / "moeforge.json").write_text(json.dumps({k: v for k, v in MANIFEST.items() if k != key}))
+    with pytest.raises(BadInput, match=f"no '{key}'"):
+        locate(str(made))
+
+
+def test_a_manifest_of_endless_depth_is_refused(made):
+    (made / "moeforge.json").write_text('{"schema": ' + "[" * 200_000)
+    with pytest.raises(BadInput, match="unreadable manifest"):
+        locate(str(made))
+    deep = '{"ref": "x", "manifest": {"parents": [' * 3000 + "]}}" * 3000
+    (made / "moeforge.json").write_text(json.dumps(MANIFEST).replace('"parents": []', f'"parents": [{deep}]'))
+    with pytest.raises(BadInput, match=r"moeforge\.json"):
+        locate(str(made))

@@ -18,6 +18,8 @@ class Options:
     memory: Bytes | None = opt("memory", default=None)
     data: tuple[Path, ...] = opt("data", default=())
     verify: bool | None = opt("verify", default=None)
+    temperature: float = opt("temperature", default=1.0)
+    limit: float = opt("limit, none by default", default=2.0, min=0, max=float("inf"))
     workers: int = opt("workers", default=2, affects_output=False)
 
     def __post_init__(self):
@@ -39,7 +41,16 @@ def test_values_are_converted_and_come_back_as_json():
         ({}, "missing option --experts"),
         ({"experts": 8, "expert": 1}, "did you mean 'experts'"),
         ({"experts": 1}, "at least 2 and at most 64"),
-        ({"experts": 8, "ratio": float("nan")}, "at least 0"),
+        ({"experts": 8, "ratio": float("nan")}, "finite"),
+        ({"experts": 8, "ratio": "nan"}, "finite"),
+        ({"experts": 8, "temperature": float("inf")}, "finite"),
+        ({"experts": 8, "temperature": "-inf"}, "finite"),
+        ({"experts": 8, "temperature": float("nan")}, "finite"),
+        ({"experts": 8, "limit": float("nan")}, "finite"),
+        ({"experts": 8, "limit": -float("inf")}, "finite"),
+        ({"experts": float("inf")}, "not a valid int"),
+        ({"experts": 8, "data": 5}, "is a path"),
+        ({"experts": 8, "data": "~no-such-user-here/x"}, "no such user"),
         ({"experts": 8, "ratio": "half"}, "not a valid float"),
         ({"experts": 8.5}, "whole number"),
         ({"experts": True}, "is a number"),
@@ -53,6 +64,10 @@ def test_values_are_converted_and_come_back_as_json():
 def test_what_does_not_fit_is_refused_with_the_option_named(values, word):
     with pytest.raises(UsageProblem, match=word):
         build(Options, values)
+
+
+def test_only_a_bound_of_infinity_lets_infinity_through():
+    assert build(Options, {"experts": 8, "limit": "inf"}).limit == float("inf")
 
 
 def test_toml_takes_dashes_and_refuses_tables(tmp_path):

@@ -1,0 +1,137 @@
+"""Where an output may go: not over, around or inside what it is made from, and never over what moeforge did not write.
+
+`--force` replaces an empty directory or one with a moeforge manifest; where a verb writes one file (a receipt), an empty
+file or one of those. Of a symlink only the link goes. Everything else is the user's to remove.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import BadInput, UsageProblem
+from .artifact import MANIFEST, read_manifest
+from .disk import sync_directory
+from .journal import JOURNAL
+
+Kind = Literal["directory", "file"]
+
+
+def keep_apart(output: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output that is, contains or lies inside something that the run reads.
+
+    Raises:
+        UsageProblem: naming both.
+    """
+    # where it is, and where it leads when it is a symlink
+    places = {Path(os.path.realpath(output.parent)) / output.name, Path(os.path.realpath(output))}
+    for source in sources:
+        held = Path(os.path.realpath(source))
+        for place in sorted(places):
+            how = "is" if place == held else "contains" if place in held.parents else ""
+            if held in place.parents:
+                how = "lies inside"
+            if how:
+                raise UsageProblem(f"-o {output} {how} {source}, which this run reads; choose another -o")
+
+
+def check_free(output: Path, kind: Kind, force: bool) -> None:
+    """Refuse an output that exists and may not be replaced.
+
+    Raises:
+        UsageProblem: says whose it is and what to do.
+    """
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise UsageProblem(f"{output} exists{_describe(output)}; remove it, choose another -o, or pass --force")
+    if output.is_symlink():
+        return
+    if output.is_dir() and (kind == "file" or not (_made_here(output) or not any(output.iterdir()))):
+        why = "this verb writes one file" if kind == "file" else f"it has no {MANIFEST} of moeforge's"
+        raise UsageProblem(f"--force does not replace the directory {output}: {why}; move it away or choose another -o")
+    if not output.is_dir() and (kind == "directory" or (file_kind(output) is None and output.stat().st_size)):
+        why = "this verb writes a directory" if kind == "directory" else "moeforge did not write it"
+        raise UsageProblem(f"--force does not replace the file {output}: {why}; move it away or choose another -o")
+
+
+def file_kind(file: Path) -> str | None:
+    """The `kind` of a file that moeforge wrote (a receipt), None of any other."""
+    try:
+        body = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind = body.get("kind") if isinstance(body, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def replace_directory(made: Path, output: Path, force: bool) -> None:
+    """Rename `made` to `output`; an existing output is moved aside first and removed only afterwards.
+
+    A kill between the two renames leaves the old one as `.NAME.old-PID`; see :func:`recover`.
+    """
+    check_free(output, "directory", force)
+    old = None
+    if output.is_symlink():
+        output.unlink()
+    elif output.exists():
+        old = output.with_name(f".{output.name}.old-{os.getpid()}")
+        os.rename(output, old)
+    os.rename(made, output)
+    sync_directory(output.parent)
+    if old is not None:
+        empty(old)
+        old.rmdir()
+
+
+def recover(output: Path) -> None:
+    """Put back what a killed `--force` had moved aside; remove it where the new output had come into place.
+
+    Only with the staging directory locked: a live run may be between its two renames.
+    """
+    for old in _moved_aside(output):
+        if not os.path.lexists(output):
+            os.rename(old, output)
+    tidy(output)
+
+
+def tidy(output: Path) -> None:
+    """Remove what a run that was killed after its last rename left behind: its journal, the output that it replaced."""
+    if not output.is_dir() or not _made_here(output):
+        return
+    (output / JOURNAL).unlink(missing_ok=True)
+    for old in _moved_aside(output):
+        # the run that moved it aside may be removing it at this moment
+        with contextlib.suppress(FileNotFoundError):
+            empty(old)
+            old.rmdir()
+
+
+def empty(directory: Path) -> None:
+    """Remove all that is in a directory; what tells whose it is goes last, so that a kill leaves it known."""
+    for entry in sorted(directory.iterdir(), key=lambda e: (e.name in (JOURNAL, MANIFEST), e.name)):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _moved_aside(output: Path) -> list[Path]:
+    found = output.parent.glob(f".{glob.escape(output.name)}.old-*")
+    return sorted(path for path in found if path.name.rpartition("-")[2].isdigit())
+
+
+def _made_here(directory: Path) -> dict[str, Any] | None:
+    """The directory's manifest; None when there is none that this release can read."""
+    try:
+        return read_manifest(directory)
+    except BadInput:
+        return None
+
+
+def _describe(output: Path) -> str:
+    manifest = _made_here(output) if output.is_dir() else None
+    return f" (written by moeforge {manifest.get('verb')} with other options or inputs)" if manifest else ""

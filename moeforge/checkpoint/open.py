@@ -22,6 +22,7 @@ def open_checkpoint(
     revision: str | None = None,
     allow_pickle: bool = False,
     dequantize: bool | None = False,
+    compressed: bool = False,
     plan: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint; only headers are read.
@@ -31,8 +32,9 @@ def open_checkpoint(
             or a directory that holds one and no config.json, or a Hub id `org/name[@revision]`. An existing path wins over a Hub id.
         revision: branch, tag or commit of a Hub id.
         allow_pickle: read `pytorch_model*.bin`, tensors only.
-        dequantize: show a quantised source (GPTQ, AWQ, FP8, bitsandbytes) as plain weights; False refuses one; None shows
-            tensors as they are stored.
+        dequantize: show a quantised source (GPTQ, AWQ, FP8, bitsandbytes, `moeforge compress`) as plain weights; False
+            refuses one; None shows tensors as they are stored.
+        compressed: do not refuse what `moeforge compress` wrote but show it as it is stored: for callers that run it so.
         plan: the plan of a dry run that wrote nothing (`Artifact.plan`); `ref` then only names it.
 
     Raises:
@@ -42,9 +44,10 @@ def open_checkpoint(
     if plan is not None:
         from .planned import PlannedCheckpoint
 
-        return PlannedCheckpoint(plan, str(ref))
-    opened = _open_stored(str(ref), revision, allow_pickle, dequantize)
-    stored_as_is = dequantize is None or (COMPRESSION in opened.config and not dequantize)
+        opened: Checkpoint = PlannedCheckpoint(plan, str(ref))
+    else:
+        opened = _open_stored(str(ref), revision, allow_pickle, dequantize)
+    stored_as_is = dequantize is None or (compressed and not dequantize and COMPRESSION in opened.config)
     if stored_as_is or not {"quantization_config", COMPRESSION} & opened.config.keys():
         return opened
     from .quantized import wrap

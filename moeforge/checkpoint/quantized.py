@@ -6,15 +6,18 @@ exact decoding here is refused by name.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import BadInput, one_line
 from .base import Checkpoint
 from .open import COMPRESSION
+from .safetensors import row_range
 from .tensor import FLOATS, NUMPY_DTYPES, Companion, Extent, TensorInfo
 
 KEYS = ("quantization_config", COMPRESSION)
@@ -29,12 +32,16 @@ class Coded:
     Attributes:
         info: the matrix as plain weights.
         parts: role -> stored tensor; all of them disappear behind `info.name`.
-        decode: the parts as read -> float32 array of `info.shape`.
+        decode: the parts as read -> float32 array of `info.shape`, or of those rows of it whose stored rows it is given.
+        step: rows of the matrix that can be decoded apart from the others; 0: it is decoded whole.
+        stored: role -> rows of the part that `step` rows of the matrix take; other parts are read whole.
     """
 
     info: TensorInfo
     parts: Mapping[str, str]
     decode: Callable[[Mapping[str, np.ndarray]], np.ndarray]
+    step: int = 0
+    stored: Mapping[str, int] = field(default_factory=dict)
 
 
 Scheme = Callable[[Checkpoint, Mapping[str, Any], str], list[Coded]]
@@ -58,7 +65,7 @@ def wrap(checkpoint: Checkpoint, dequantize: bool | None) -> Checkpoint:
     settings = checkpoint.config[key]
     if not isinstance(settings, dict):
         raise BadInput(f"{checkpoint.ref}: config.json has {key} = {settings!r}, an object is expected")
-    method = str(settings.get("quant_method") or settings.get("method"))
+    method = str(settings.get("quant_method") or settings.get("method"))[:100]
     if not dequantize:
         raise BadInput(f"{checkpoint.ref}: its weights are quantised ({key}: {method}); pass --dequantize to decode them, or take "
                        "the checkpoint that it was made from")  # fmt: skip
@@ -67,6 +74,10 @@ def wrap(checkpoint: Checkpoint, dequantize: bool | None) -> Checkpoint:
         raise BadInput(f"{checkpoint.ref}: quantised with {method}, which is not decoded here (decoded are {', '.join(SCHEMES)}); "
                        "take the checkpoint that it was made from")  # fmt: skip
     return Dequantized(checkpoint, method, scheme(checkpoint, settings, _dtype(checkpoint.config)))
+
+
+_WORK_BYTES = 20
+"""Most bytes a weight takes while it is decoded: codes, scales and products in float32."""
 
 
 class Dequantized(Checkpoint):
@@ -85,6 +96,7 @@ class Dequantized(Checkpoint):
         config = inner.config.get("base_config", inner.config)
         self.config = {key: value for key, value in config.items() if key not in KEYS}
         self.coded = {matrix.info.name: matrix for matrix in coded}
+        self._whole = threading.local()
         hidden = {part for matrix in coded for part in matrix.parts.values()}
         self.tensors: Mapping[str, TensorInfo] = _in_order(inner.tensors, self.coded, hidden)
         odd = next((info for info in self.tensors.values() if info.dtype not in FLOATS), None)
@@ -99,9 +111,52 @@ class Dequantized(Checkpoint):
             if name not in self.tensors:
                 raise BadInput(f"{self.ref}: no tensor {name!r}")
             return self.inner.read(name, rows)
-        values = matrix.decode({role: self.inner.read(part) for role, part in matrix.parts.items()})
-        values = values.reshape(matrix.info.shape)[rows or slice(None)]
+        shape, _ = row_range(matrix.info, rows)
+        if 0 in shape:
+            return np.empty(shape, NUMPY_DTYPES[matrix.info.dtype])
+        if rows is None:
+            return self._decoded(matrix)
+        start, stop, _ = rows.indices(matrix.info.shape[0])
+        if not matrix.step:
+            return self._kept(matrix, start, stop)
+        first, last = start // matrix.step, -(-stop // matrix.step)
+        at = start - first * matrix.step
+        return self._decoded(matrix, (first, last))[at : at + stop - start].copy()
+
+    def _decoded(self, matrix: Coded, steps: tuple[int, int] | None = None) -> np.ndarray:
+        """A matrix in its dtype, or its rows from step to step."""
+        parts = {}
+        for role, part in matrix.parts.items():
+            each = matrix.stored.get(role)
+            rows = None if steps is None or each is None else slice(steps[0] * each, steps[1] * each)
+            parts[role] = self.inner.read(part, rows)
+        shape = matrix.info.shape if steps is None else (-1, *matrix.info.shape[1:])
+        try:
+            values = matrix.decode(parts).reshape(shape)
+        except (IndexError, ValueError) as error:  # a table or a group number that leads out of its range
+            raise BadInput(
+                f"{self.ref}: the stored parts of {matrix.info.name!r} do not fit each other: {one_line(error)}"
+            ) from error
         return np.ascontiguousarray(values.astype(NUMPY_DTYPES[matrix.info.dtype], copy=False))
+
+    def _kept(self, matrix: Coded, start: int, stop: int) -> np.ndarray:
+        """Rows of a matrix that can only be decoded whole: a thread that walks through it decodes it once, and lets go of it with
+        the last row."""
+        name, values = getattr(self._whole, "entry", (None, None))
+        if name != matrix.info.name or values is None:
+            values = self._decoded(matrix)
+        self._whole.entry = (matrix.info.name, values) if stop < len(values) else (None, None)
+        return values[start:stop].copy()
+
+    def read_memory(self, name: str, nbytes: int) -> int:
+        matrix = self.coded.get(name)
+        if matrix is None:
+            return self.inner.read_memory(name, nbytes)
+        info, parts = matrix.info, [self.inner.tensors[part].nbytes for part in matrix.parts.values()]
+        item = NUMPY_DTYPES[info.dtype].itemsize
+        count = nbytes // item + 2 * matrix.step * math.prod(info.shape[1:])
+        count = min(count, info.size) if matrix.step else info.size
+        return nbytes + sum(parts) * count // max(1, info.size) + (_WORK_BYTES + item) * count
 
     def extent(self, name: str) -> Extent | None:
         return None if name in self.coded else self.inner.extent(name)

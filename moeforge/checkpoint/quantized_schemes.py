@@ -51,8 +51,9 @@ def fp8(checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: str) -> list
 def compressed_tensors(checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: str) -> list[Coded]:
     """The formats float-quantized, int-quantized, naive-quantized and pack-quantized, symmetric."""
     known = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision")
-    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, dict)]
-    formats = {settings.get("format"), *(group.get("format") for group in groups)} - {None}
+    listed = settings.get("config_groups") or {}
+    groups = [group for group in listed.values() if isinstance(group, dict)] if isinstance(listed, dict) else []
+    formats = {str(each["format"]) for each in (settings, *groups) if each.get("format") is not None}
     if not formats <= set(known):
         raise BadInput(
             f"{checkpoint.ref}: compressed-tensors format {', '.join(sorted(formats - set(known)))} is not decoded here"
@@ -84,9 +85,13 @@ def bitsandbytes(checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: str
             scale = checkpoint.tensors.get(f"{stem}.SCB")
             if scale is None:
                 raise BadInput(f"{checkpoint.ref}: {info.name!r} is I8 without its {stem}.SCB")
+            if info.shape[:-1] != scale.shape or not scale.shape:
+                raise BadInput(
+                    f"{checkpoint.ref}: {scale.name!r} is {list(scale.shape)}, not one for each row of {info.name!r} {list(info.shape)}"
+                )
             parts = _present(checkpoint, {"codes": info.name, "scale": scale.name, "format": f"{stem}.weight_format"})
-            shape = (*scale.shape, info.size // max(1, scale.size))
-            found.append(Coded(TensorInfo(info.name, dtype, shape), parts, _row_int8))
+            by_row = {"codes": 1, "scale": 1}
+            found.append(Coded(TensorInfo(info.name, dtype, info.shape), parts, _row_int8, 1, by_row))
     return found
 
 
@@ -137,44 +142,58 @@ def _scaled(checkpoint: Checkpoint, info: TensorInfo, scale: str, block: Any, dt
             f"{checkpoint.ref}: {scale!r} is {list(given)}, which does not go with {info.name!r} {list(info.shape)}"
         )
     if block is None:  # by row, or by group: whole divisors
-        block = [-(-n // m) for n, m in zip(shape, given[-2:], strict=False)]
-    if math.prod(given) > 1 and [-(-n // b) for n, b in zip(shape, block, strict=True)] != list(given[-2:]):
+        block = [-(-n // max(1, m)) for n, m in zip(shape, given[-2:], strict=False)]
+    sizes = block if isinstance(block, list) and all(type(n) is int and n > 0 for n in block) else []
+    fits = len(sizes) == len(shape) and given == (
+        *info.shape[:-2],
+        *(-(-n // b) for n, b in zip(shape, sizes, strict=True)),
+    )
+    if math.prod(given) > 1 and not fits:
         raise BadInput(
             f"{checkpoint.ref}: {scale!r} is {list(given)}, not one for each block of {block} of {info.name!r} {list(info.shape)}"
         )
     stem = info.name.removesuffix(".weight")
     parts = _present(checkpoint, {"codes": info.name, "scale": scale, "input": f"{stem}.input_scale", "act": f"{stem}.activation_scale",
                                   "static": f"{stem}.input_zero_point"})  # fmt: skip
-    return Coded(TensorInfo(info.name, dtype, info.shape), parts, partial(_decode_scaled, given=given, block=block))
+    step, stored = 1, {"codes": 1}
+    if math.prod(given) > 1:  # more than one scale: of a block of rows, or of a matrix in a stack
+        step = block[0] if len(info.shape) == 2 else 1
+        stored = {"codes": step, "scale": 1}
+    decode = partial(_decode_scaled, given=given, block=block)
+    return Coded(TensorInfo(info.name, dtype, info.shape), parts, decode, step, stored)
 
 
 def _decode_scaled(parts: Parts, given: tuple[int, ...], block: list[int]) -> np.ndarray:
     codes, scale = parts["codes"].astype(np.float32), parts["scale"].astype(np.float32)
     if scale.size == 1:
         return codes * scale.reshape(())
-    scale = scale.reshape(given)
+    scale = scale.reshape(-1, *given[1:])
     for axis in (-2, -1):
         scale = np.repeat(scale, block[axis], axis)
     return codes * scale[..., : codes.shape[-2], : codes.shape[-1]]
 
 
 def _packed(checkpoint: Checkpoint, stem: str, groups: list[Any], dtype: str) -> Coded:
-    widths = {group["weights"].get("num_bits") for group in groups if isinstance(group.get("weights"), dict)}
-    if widths not in ({4}, {8}):
+    widths = {str(group["weights"].get("num_bits")) for group in groups if isinstance(group.get("weights"), dict)}
+    if widths not in ({"4"}, {"8"}):
         raise BadInput(
-            f"{checkpoint.ref}: pack-quantized with {sorted(map(str, widths))} bits; one width of 4 or 8 is decoded here"
+            f"{checkpoint.ref}: pack-quantized with {sorted(widths)} bits; one width of 4 or 8 is decoded here"
         )
-    (bits,) = widths
+    bits = int(widths.pop())
     _refuse_parts(checkpoint, stem, ("weight_zero_point", "weight_g_idx"))
     parts = {"codes": f"{stem}.weight_packed", "scale": f"{stem}.weight_scale", "shape": f"{stem}.weight_shape"}
     _need(checkpoint, parts)
-    rows, columns = (int(n) for n in checkpoint.read(parts["shape"]))
-    codes, scale = (checkpoint.tensors[parts[role]].shape for role in ("codes", "scale"))
-    if codes != (rows, -(-columns * bits // 32)) or len(scale) != 2 or scale[0] != rows or columns % max(1, scale[1]):
-        raise BadInput(f"{checkpoint.ref}: {stem}.weight_packed, _scale and _shape do not fit each other")
-    return Coded(
-        TensorInfo(f"{stem}.weight", dtype, (rows, columns)), parts, partial(_decode_packed, bits=bits, columns=columns)
+    told = (
+        checkpoint.read(parts["shape"]).reshape(-1).tolist() if checkpoint.tensors[parts["shape"]].size == 2 else (0, 0)
     )
+    rows, columns = (int(n) for n in told)
+    codes, scale = (checkpoint.tensors[parts[role]].shape for role in ("codes", "scale"))
+    whole = len(scale) == 2 and scale[0] == rows and scale[1] > 0 and columns > 0 and columns % scale[1] == 0
+    if not whole or codes != (rows, -(-columns * bits // 32)) or checkpoint.tensors[parts["codes"]].dtype != "I32":
+        raise BadInput(f"{checkpoint.ref}: {stem}.weight_packed, _scale and _shape do not fit each other")
+    decode = partial(_decode_packed, bits=bits, columns=columns)
+    by_row = {"codes": 1, "scale": 1}
+    return Coded(TensorInfo(f"{stem}.weight", dtype, (rows, columns)), parts, decode, 1, by_row)
 
 
 def _decode_packed(parts: Parts, bits: int, columns: int) -> np.ndarray:
@@ -187,25 +206,36 @@ def _four_bit(checkpoint: Checkpoint, name: str, state_name: str, dtype: str) ->
     try:
         state = json.loads(checkpoint.read(state_name).tobytes())  # trailing spaces are padding
         shape, block = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
-        nested = (
-            {key: state[f"nested_{key}"] for key in ("blocksize", "offset")} if "nested_blocksize" in state else None
-        )
+        nested = None
+        if "nested_blocksize" in state:
+            nested = {"blocksize": int(state["nested_blocksize"]), "offset": float(state["nested_offset"])}
+        if not shape or min(shape) < 0 or min(block, nested["blocksize"] if nested else 1) < 1:
+            raise ValueError(f"shape {list(shape)} in blocks of {block}")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{checkpoint.ref}: {state_name!r} is not a description of 4-bit weights: {error}") from error
     keys = {"codes": name, "absmax": f"{name}.absmax", "quant_map": f"{name}.quant_map", "state": state_name}
     keys |= {key: f"{name}.{key}" for key in _NESTED if nested}
     _need(checkpoint, keys)
-    info = TensorInfo(name, DTYPES.get(state.get("dtype"), dtype), shape)
-    if checkpoint.tensors[name].size != (info.size + 1) // 2 or checkpoint.tensors[keys["absmax"]].size != -(
-        -info.size // block
-    ):
+    info = TensorInfo(name, DTYPES.get(str(state.get("dtype")), dtype), shape)
+    expected = {"codes": -(-info.size // 2), "absmax": -(-info.size // block), "quant_map": 16}
+    if nested:
+        expected |= {"nested_absmax": -(-expected["absmax"] // nested["blocksize"]), "nested_quant_map": 256}
+    if any(checkpoint.tensors[keys[role]].size != size for role, size in expected.items()):
         raise BadInput(
             f"{checkpoint.ref}: {name!r} does not hold {list(shape)} in 4 bits with a scale for each {block}"
         )
-    return Coded(info, keys, partial(_decode_four_bit, size=info.size, block=block, nested=nested))
+    width = math.prod(shape[1:])
+    decode = partial(_decode_four_bit, size=info.size, width=max(1, width), block=block, nested=nested)
+    each = {"codes": 2, "absmax": block} | ({"nested_absmax": block * nested["blocksize"]} if nested else {})
+    if not width or any(math.prod(checkpoint.tensors[keys[role]].shape[1:]) != 1 for role in each):
+        return Coded(info, keys, decode)
+    # the fewest rows that end where a byte, a scale and (nested) a scale of scales end
+    unit = math.lcm(*each.values())
+    step = unit // math.gcd(unit, width)
+    return Coded(info, keys, decode, step, {role: step * width // weights for role, weights in each.items()})
 
 
-def _decode_four_bit(parts: Parts, size: int, block: int, nested: Mapping[str, Any] | None) -> np.ndarray:
+def _decode_four_bit(parts: Parts, size: int, width: int, block: int, nested: Mapping[str, Any] | None) -> np.ndarray:
     packed = parts["codes"].reshape(-1)
     codes = np.empty(2 * packed.size, np.uint8)
     codes[0::2], codes[1::2] = packed >> 4, packed & 15  # the first weight lies in the high half
@@ -213,8 +243,10 @@ def _decode_four_bit(parts: Parts, size: int, block: int, nested: Mapping[str, A
     if nested is not None:
         outer = np.repeat(parts["nested_absmax"].reshape(-1), nested["blocksize"])[: scale.size]
         scale = parts["nested_quant_map"].reshape(-1)[scale] * outer + np.float32(nested["offset"])
-    values = parts["quant_map"].reshape(-1).astype(np.float32)[codes[:size]]
-    return values * np.repeat(scale.astype(np.float32), block)[:size]
+    count = min(size, codes.size)
+    count -= count % width  # the last code of an odd number is padding
+    values = parts["quant_map"].reshape(-1).astype(np.float32)[codes[:count]]
+    return values * np.repeat(scale.astype(np.float32), block)[:count]
 
 
 def _row_int8(parts: Parts) -> np.ndarray:
@@ -254,6 +286,8 @@ def _grouped(
     groups = checkpoint.tensors[parts["scales"]].shape
     size = settings.get("group_size", -1)
     size = shape[0] if size in (-1, None) else size
+    if type(size) is not int or size < 1:
+        raise BadInput(f"{checkpoint.ref}: group_size is {size!r}, expected a positive whole number or -1")
     if groups != (-(-shape[0] // size), shape[1]):
         raise BadInput(
             f"{checkpoint.ref}: {stem}.scales is {list(groups)}, not one for each group of {size} of {list(shape)}"

@@ -51,7 +51,7 @@ def load(
     if not isinstance(ref, Checkpoint):
         from ..checkpoint import open_checkpoint
 
-        with open_checkpoint(str(ref), allow_pickle=allow_pickle) as checkpoint:
+        with open_checkpoint(str(ref), allow_pickle=allow_pickle, compressed=True) as checkpoint:
             return load(checkpoint, dtype=dtype, device=device, attention=attention)
     scheme = ref.config.get(COMPRESSION)
     if scheme is not None:

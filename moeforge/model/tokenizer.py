@@ -33,7 +33,7 @@ def load_tokenizer(ref: str | Checkpoint) -> PreTrainedTokenizerBase:
     if not isinstance(ref, Checkpoint):
         from ..checkpoint import open_checkpoint
 
-        with open_checkpoint(str(ref)) as checkpoint:
+        with open_checkpoint(str(ref), dequantize=None) as checkpoint:
             return load_tokenizer(checkpoint)
     if not has_tokenizer(ref):
         raise BadInput(

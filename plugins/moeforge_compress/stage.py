@@ -65,7 +65,7 @@ class Compress:
         assert method is not None
         codec: Codec = method.method
         checkpoint = open_checkpoint(
-            src.ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, plan=src.plan
+            src.ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True, plan=src.plan
         )
         _refuse_compressed(checkpoint)
         tensors = checkpoint.tensors
@@ -127,12 +127,12 @@ class Compress:
     def _evaluate(self, work: Work, out: Workspace, ctx: Context) -> tuple[dict[str, Any], str]:
         from moeforge.model.tokenizer import has_tokenizer
 
-        from .evaluate import evaluate
+        from .evaluate import TEXT, evaluate
 
         if not has_tokenizer(work.checkpoint):
             ctx.warn("not measured: the source has no tokenizer, so there is no text to measure on")
             return {"evaluated": False}, "quality not measured"
-        ctx.say(f"measuring on {work.options.eval_tokens} tokens of pydoc_data.topics, one layer at a time")
+        ctx.say(f"measuring on {work.options.eval_tokens} tokens of {TEXT}, one layer at a time")
         # read back from the files by the core's own decoder, which shares no code with the encoder
         with open_checkpoint(str(out.path), dequantize=True) as made:
             found = evaluate(work.checkpoint, made, work.options.eval_tokens, ctx)

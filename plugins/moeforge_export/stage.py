@@ -66,7 +66,7 @@ def _open(src: Artifact, options: Options) -> Checkpoint:
     if src.path is not None and src.path.is_file() and options.type in DTYPES:
         return GGUFCheckpoint(src.path, dtype=DTYPES[options.type], ref=src.ref)  # decoded once, not by way of bf16
     checkpoint = open_checkpoint(
-        src.ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, plan=src.plan
+        src.ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True, plan=src.plan
     )
     if COMPRESSION in checkpoint.config:
         raise BadInput(f"{src.ref}: compressed ({COMPRESSION}: {checkpoint.config[COMPRESSION]}); export the checkpoint that it was "

@@ -58,7 +58,7 @@ class Generate:
         transformers.logging.set_verbosity_error()
         began = time.monotonic()
         with open_checkpoint(
-            sources[0].ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize
+            sources[0].ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True
         ) as checkpoint:
             tokenizer = load_tokenizer(checkpoint)
             inputs = encode(tokenizer, options.prompt, options.chat)

@@ -104,7 +104,7 @@ class Tune:
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
         from moeforge.checkpoint import open_checkpoint
 
-        with open_checkpoint(src.ref, plan=src.plan) as source:
+        with open_checkpoint(src.ref, plan=src.plan, compressed=True) as source:
             refuse(source)
             return _plan(src, source, options)
 

@@ -210,3 +210,103 @@ def test_refused_by_name(settings, tensors, word, tmp_path):
     with pytest.raises(BadInput, match=word) as caught:
         open_checkpoint(where, dequantize=True)
     assert "\n" not in str(caught.value)
+
+
+def test_our_own_compression_is_refused_by_name_unless_its_stored_form_is_wanted(tmp_path):
+    tensors = {f"{NAME}.weight": torch.randint(-127, 128, (4, 8), dtype=torch.int8), f"{NAME}.SCB": torch.rand(4) + 1}
+    mark = {"moeforge_compression": {"method": "int8", "version": 1}}
+    for settings in ({"quant_method": "bitsandbytes", "load_in_8bit": True}, None):
+        where = save(tmp_path, tensors, settings, **mark)
+        with pytest.raises(BadInput, match=r"quantised \(.*\); pass --dequantize"):
+            open_checkpoint(where)
+        for words in ({"dequantize": None}, {"compressed": True}):
+            with open_checkpoint(where, **words) as stored:
+                assert f"{NAME}.SCB" in stored.tensors
+        with open_checkpoint(where, compressed=True, dequantize=True) as plain:
+            assert f"{NAME}.SCB" not in plain.tensors
+    plan = {"config": {"model_type": "llama", **mark}, "tensors": {f"{NAME}.SCB": ["F32", [4]]}}
+    with pytest.raises(BadInput, match="int8"):
+        open_checkpoint("-", plan=plan)
+
+
+def test_upcycle_of_a_compressed_source_says_so(tmp_path):
+    from moeforge.testing.command import run
+    from moeforge.testing.models import save_tiny
+
+    save_tiny(tmp_path / "dense", "llama")
+    run("compress", tmp_path / "dense", "--method", "int8", "--no-eval", "-o", tmp_path / "small", check=True)
+    refused = run("upcycle", tmp_path / "small", "--experts", 2, "--top-k", 1, "--dry-run")
+    assert refused.code == 3 and "--dequantize" in refused.err and "would be lost" not in refused.err
+
+
+def stored_bitsandbytes(nested):
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(1003, 128, generator=torch.Generator().manual_seed(8))
+    codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    stats = {f"{NAME}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {f"{NAME}.weight": codes, **stats}, {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def stored_int8():
+    codes = torch.randint(-127, 128, (1003, 96), dtype=torch.int8, generator=torch.Generator().manual_seed(9))
+    return {f"{NAME}.weight": codes, f"{NAME}.SCB": torch.rand(1003) + 1}, {"quant_method": "bitsandbytes"}
+
+
+def stored_fp8():
+    rng = np.random.default_rng(10)
+    codes = torch.from_numpy(rng.normal(size=(1003, 96)).astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    scale = rng.uniform(0.5, 2, (63, 3)).astype(np.float32)
+    tensors = {f"{NAME}.weight": codes.view(torch.float8_e4m3fn), f"{NAME}.weight_scale_inv": scale}
+    return tensors, {"quant_method": "fp8", "weight_block_size": [16, 32]}
+
+
+def stored_packed():
+    rng = np.random.default_rng(11)
+    words = rng.integers(-(2**31), 2**31, (1003, 12), dtype=np.int64).astype(np.int32)
+    tensors = {f"{NAME}.weight_packed": words, f"{NAME}.weight_scale": rng.uniform(0.01, 0.1, (1003, 3)).astype(np.float32),
+               f"{NAME}.weight_shape": np.array([1003, 96], np.int64)}  # fmt: skip
+    groups = {"g": {"weights": {"num_bits": 4}}}
+    return tensors, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+def stored_gptq():
+    rng = np.random.default_rng(12)
+    words = [rng.integers(-(2**31), 2**31, shape, dtype=np.int64).astype(np.int32) for shape in ((12, 1000), (3, 125))]
+    tensors = {f"{NAME}.qweight": words[0], f"{NAME}.qzeros": words[1],
+               f"{NAME}.scales": rng.uniform(0.01, 0.1, (3, 1000)).astype(np.float16)}  # fmt: skip
+    return tensors, {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
+
+STORED = {
+    "nf4": lambda: stored_bitsandbytes(False), "nested nf4": lambda: stored_bitsandbytes(True), "int8": stored_int8,
+    "fp8": stored_fp8, "packed": stored_packed, "gptq": stored_gptq,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_row_groups_decode_their_own_rows_and_hold_what_they_say(kind, tmp_path):
+    """Any rows are those of the whole, bit for bit; walking through a matrix reads its parts about once."""
+    import tracemalloc
+
+    tensors, settings = STORED[kind]()
+    name = f"{NAME}.weight"
+    with open_checkpoint(save(tmp_path, tensors, settings), dequantize=True) as source:
+        whole = source.read(name)
+        inner, taken = source.inner.read, []
+        source.inner.read = lambda *words: taken.append(inner(*words)) or taken[-1]
+        groups = [slice(at, min(at + 101, len(whole))) for at in range(0, len(whole), 101)]
+        np.testing.assert_array_equal(np.concatenate([source.read(name, rows) for rows in groups]), whole)
+        once = sum(source.inner.tensors[part].nbytes for part in source.coded[name].parts.values())
+        assert sum(part.nbytes for part in taken) < 2.5 * once, "every group of rows read the whole matrix"
+        for rows in (slice(7, 7), slice(63, 65), slice(-5, None), slice(1, 4)):
+            np.testing.assert_array_equal(source.read(name, rows), whole[rows])
+        assert np.unique(whole).size > 100
+        for rows in (None, slice(200, 400)):
+            source.read(name, slice(-1, None))  # nothing is kept after the last row
+            taken.clear()
+            tracemalloc.start()
+            nbytes = source.read(name, rows).nbytes
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak <= source.read_memory(name, nbytes) < 8 * peak

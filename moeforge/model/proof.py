@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 THRESHOLD = 1e-5
 """Relative logit error below which two float32 models count as one function (rounding alone gives about 4e-7)."""
 ROUNDING_DRAWS = 3
+TOKENS = 256
 POSITIONS = 8
 """Tokens whose float64 distributions are held at once."""
 LONGEST = 4096
@@ -44,6 +45,8 @@ class LayerProof:
     """max|h' - h| / max|h| of the hidden states after the layer, with everything before it included."""
     local_error: float
     """max|y' - y| / max|y| of the feed-forward block alone, both given the first model's input to it."""
+    finite: bool
+    """Whether everything that went into the two errors is a finite number."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,11 @@ class Proof:
         text_kl: mean KL over the tokens of real text alone; None without text.
         cross_entropy: mean next-token loss of (first, second) on the real text, in nats; None without text.
         tokens: number of tokens compared.
+        finite: whether both models gave finite numbers everywhere: in every layer and in every logit.
     """
 
     exact: bool
+    finite: bool
     relative_error: float
     rounding: float | None
     argmax_equal: float
@@ -91,6 +96,11 @@ class Proof:
 
     def summary(self) -> str:
         """One line for people."""
+        if not self.finite:
+            where = next(
+                (f"first in layer {layer.index}" for layer in self.layers if not layer.finite), "in the logits"
+            )
+            return f"not a function: infinities or NaN, {where}, on {self.tokens} tokens"
         if self.exact:
             rounding = "" if self.rounding is None else f" (rounding alone gives this model {self.rounding:.1e})"
             return (
@@ -114,7 +124,7 @@ def prove(
     second: Checkpoint | Path | str,
     *,
     threshold: float = THRESHOLD,
-    tokens: int = 256,
+    tokens: int = TOKENS,
     seed: int = 0,
     text: Sequence[Sequence[int]] = (),
     dtype: str = "float32",
@@ -164,6 +174,7 @@ def prove(
     ]
     error = logits.relative_error
     blocks = all(layer.local_error <= threshold and math.isfinite(layer.error) for layer in layers)
+    finite = logits.finite and all(layer.finite for layer in layers)
     exact = blocks and math.isfinite(error) and logits.disagreements == 0
     rounding = None
     if exact and error > threshold:
@@ -172,7 +183,8 @@ def prove(
         rounding = rounding_error(models[0], suspects, seed, logits.scale)
         exact = error <= rounding
     return Proof(
-        exact=exact,
+        exact=exact and finite,
+        finite=finite,
         relative_error=error,
         rounding=rounding,
         argmax_equal=1 - logits.disagreements / logits.tokens,
@@ -236,6 +248,15 @@ def warm_up() -> threading.Thread:
     return thread
 
 
+def token_lengths(config: Mapping[str, Any], tokens: int = TOKENS) -> list[int]:
+    """Lengths of the sequences of random ids that a proof runs."""
+    lengths = [max(2, tokens // 2)] * 2
+    window = config.get("sliding_window")
+    if isinstance(window, int) and lengths[0] <= window <= LONGEST:
+        lengths.append(window + window // 4 + 2)
+    return lengths
+
+
 def token_batches(
     config: dict[str, Any], vocabulary: int, tokens: int, seed: int, text: Sequence[Sequence[int]] = ()
 ) -> list[torch.Tensor]:
@@ -250,11 +271,9 @@ def token_batches(
     import torch
 
     rng = np.random.default_rng(seed)
-    lengths = [max(2, tokens // 2)] * 2
-    window = config.get("sliding_window")
-    if isinstance(window, int) and lengths[0] <= window <= LONGEST:
-        lengths.append(window + window // 4 + 2)
-    batches = [torch.from_numpy(rng.integers(0, vocabulary, size=(1, length))) for length in lengths]
+    batches = [
+        torch.from_numpy(rng.integers(0, vocabulary, size=(1, length))) for length in token_lengths(config, tokens)
+    ]
     for ids in text:
         if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < vocabulary:
             raise BadInput(
@@ -281,8 +300,10 @@ def _compare_layer(index: int, models: Sequence[StreamedModel], states: Sequence
         advance(models[1], layer, states[1])
         sparse = is_sparse(ffn_modules(layer))
         with torch.no_grad():
-            local = _relative([ffn_output(layer, x) for x, _ in calls], [y for _, y in calls])
-    return LayerProof(index, sparse, _relative([s.hidden for s in states[1]], [s.hidden for s in states[0]]), local)
+            blocks = [ffn_output(layer, x) for x, _ in calls], [y for _, y in calls]
+    hidden = [s.hidden for s in states[1]], [s.hidden for s in states[0]]
+    finite = all(bool(x.isfinite().all()) for side in (*blocks, *hidden) for x in side)
+    return LayerProof(index, sparse, _relative(*hidden), _relative(*blocks), finite)
 
 
 def _relative(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
@@ -358,6 +379,10 @@ class _Comparison:
             for i, logp in enumerate((p, q)):
                 self.loss[i] -= float(logp[known].gather(1, targets[known, None]).sum())
         return difference
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.difference, self.scale, self.kl_sum, self.kl_max, *self.loss)))
 
     @property
     def relative_error(self) -> float:

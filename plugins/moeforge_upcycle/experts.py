@@ -57,17 +57,19 @@ def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """`values` in the safetensors dtype `dtype`.
 
     Raises:
-        MoeforgeError: a finite value does not fit (float16 ends at 65504).
+        MoeforgeError: a value is infinite or not a number, or becomes so (float16 ends at 65504).
     """
     wanted = NUMPY_DTYPES[dtype]
-    if values.dtype == wanted:
-        return values
     with np.errstate(over="ignore"):
-        result = values.astype(wanted)
-    if dtype == "F16" and not np.isfinite(result).all() and np.isfinite(values).all():
-        raise MoeforgeError(
-            f"{name}: {np.abs(values.astype(np.float32)).max():.4g} does not fit float16; use --dtype bf16"
-        )
+        result = values.astype(wanted, copy=False)
+    finite = np.isfinite(result)
+    if not finite.all():
+        bad = values[~finite].astype(np.float64)
+        if not np.isfinite(bad).all():
+            raise MoeforgeError(
+                f"{name}: {len(bad)} of {values.size} values are infinite or not a number; the source or an option is broken"
+            )
+        raise MoeforgeError(f"{name}: {np.abs(bad).max():.4g} does not fit {wanted}; use --dtype bf16 or f32")
     return result
 
 
@@ -78,7 +80,7 @@ class Blueprint:
     parents: Sequence[Parent]
     layer: int
     dtype: str | None
-    """Output dtype; None keeps the source's."""
+    """Output dtype; None keeps the first parent's, in which experts of all parents are written."""
     factors: Mapping[Matrix, float]
     """The output scale, distributed over the matrices."""
     stream: Stream
@@ -113,17 +115,20 @@ class Blueprint:
         if recipe.neurons is not None:
             values = np.take(stored, recipe.neurons, axis=_axis(matrix))
         factor = self._factor(matrix, recipe)
-        if recipe.perturb is not None:
-            values = recipe.perturb(matrix, values.astype(np.float32), self.stream(expert, matrix))
-        if factor != 1:
-            values = values.astype(np.float32) * np.float32(factor)
-        return np.ascontiguousarray(cast(values, dtype, self.parents[recipe.parent].parts[matrix, self.layer].name))
+        # what overflows is refused by `cast`, which knows the tensor
+        with np.errstate(over="ignore", invalid="ignore"):
+            if recipe.perturb is not None:
+                values = recipe.perturb(matrix, values.astype(np.float32), self.stream(expert, matrix))
+            if factor != 1:
+                values = values.astype(np.float32) * np.float32(factor)
+        name = self.parents[recipe.parent].parts[matrix, self.layer].name
+        return np.ascontiguousarray(cast(values, dtype, f"expert {expert} from {name}"))
 
     def _factor(self, matrix: Matrix, recipe: ExpertRecipe) -> float:
         return self.factors.get(matrix, 1.0) * recipe.scale.get(matrix, 1.0)
 
     def _info(self, name: str, matrix: Matrix, recipe: ExpertRecipe) -> TensorInfo:
-        source = self.parents[recipe.parent].info(matrix, self.layer)
+        source = self.parents[0].info(matrix, self.layer)
         shape = list(source.shape)
         if recipe.neurons is not None:
             shape[_axis(matrix)] = len(recipe.neurons)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from moeforge.pipeline.stage import Bound
 
 from . import layers, pairs, router
 from .experts import Blueprint, Parent, cast, zeros
-from .options import Options
+from .options import EXPERTS, Options
 from .recipe import ExpertRecipe, Layer, LayerRecipe, LayerStats, Matrix, MixtureShape
 from .targets import Target
 
@@ -139,6 +139,7 @@ class Job:
             read=lambda matrix, parent: self.parents[parent].read(matrix, index).astype(np.float32),
             rng=lambda word: router.keyed(self.options.seed, "layer", index, word),
             stats=stats,
+            scoring=self.target.scoring,
         )
 
 
@@ -163,6 +164,8 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
     parents = (parent, *(_like(checkpoint, family, settings) for checkpoint in checkpoints[1:]))
     if len(parents) > 1:
         method.method.check_parents(checkpoints, method.options)
+    if options.experts is None and not hasattr(method.method, "parents"):
+        options = replace(options, experts=EXPERTS)
     shape = method.method.shape(settings["intermediate_size"], options, method.options)
     sparse = layers.select(options.layers, settings["num_hidden_layers"])
 

@@ -51,7 +51,15 @@ def check(job: Job) -> None:
         UsageProblem: an unknown router start, texts or prompts that do not fit the router rows, unreadable files.
     """
     options, rows = job.options, job.shape.experts // job.shape.tied
-    routers.check(options.router_init, rows, len(options.calibration) or None, options.router_top1)
+    routers.check(
+        options.router_init,
+        rows,
+        len(options.calibration) or None,
+        options.router_top1,
+        std=options.router_std,
+        untie=options.untie,
+        scoring=job.target.scoring,
+    )
     for_method, for_router = needs(job)
     if for_method or for_router:
         source = job.parents[0].checkpoint

@@ -9,10 +9,17 @@ from typing import Literal
 from moeforge.errors import UsageProblem
 from moeforge.options import Bytes, opt
 
+EXPERTS = 8
+"""--experts where neither the user nor the method says."""
+
 
 @dataclass(frozen=True)
 class Options:
-    experts: int = opt("routed experts in every sparse layer", default=8, min=2)
+    experts: int | None = opt(
+        f"routed experts in every sparse layer (default: {EXPERTS}; for btx one of each checkpoint)",
+        default=None,
+        min=2,
+    )
     top_k: int = opt("experts that a token visits", default=2, min=1)
     target: str = opt("layout of the result, or auto: the first that holds this model exactly", default="auto")
     layers: str = opt(
@@ -30,7 +37,9 @@ class Options:
         max=1,
     )
     calibration: tuple[str, ...] = opt(
-        "text file to measure on, one a domain; builtin:prose and builtin:code need no file (default: both)", default=()
+        "text file to measure on, one a domain; builtin:prose and builtin:code need no file (default: both)",
+        default=(),
+        reads=True,
     )
     calibration_tokens: int = opt("tokens measured of each domain", default=4096, min=64)
     prompts: Path | None = opt("TOML file with [[expert]] prompts, for --router-init prompts", default=None)
@@ -52,7 +61,7 @@ class Options:
     dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
 
     def __post_init__(self) -> None:
-        if self.top_k > self.experts:
+        if self.experts is not None and self.top_k > self.experts:
             raise UsageProblem(f"--top-k {self.top_k} is more than --experts {self.experts}")
         if (self.router_init == "prompts") != (self.prompts is not None):
             raise UsageProblem("--router-init prompts and --prompts FILE go together")

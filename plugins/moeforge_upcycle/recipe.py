@@ -69,7 +69,7 @@ class LayerRecipe:
     experts: tuple[ExpertRecipe, ...]
     shared: ExpertRecipe | None = None
     router: np.ndarray | None = None
-    """[E / tied, D] float32, or None: the stage's `--router-init` makes it."""
+    """[E / tied, D] float32, or None: the stage's `--router-init` makes it. Measured on parent 0's samples, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Layer:
     """A generator keyed by the seed, this layer and the given word: independent of order and threads."""
     stats: tuple[LayerStats | None, ...] = (None,)
     """Calibration results of each parent."""
+    scoring: str = "softmax"
+    """How the layout scores router logits: `softmax` or `sigmoid`."""
 
 
 class UpcycleMethod(Protocol):
@@ -134,9 +136,14 @@ class UpcycleMethod(Protocol):
 
     def recipe(self, layer: Layer, shape: MixtureShape, stage: Any, options: Any) -> LayerRecipe: ...
 
+    # optional: work_bytes(model_width, ffn_width, options) -> bytes that `recipe` holds at once; nothing to speak of without it
+
 
 class SeveralParents(UpcycleMethod, Protocol):
-    """What a method needs besides when its experts come from several checkpoints. SRC is parent 0."""
+    """What a method needs besides when its experts come from several checkpoints. SRC is parent 0.
+
+    Such a method counts its experts itself: the stage's `experts` is None where `--experts` is not given.
+    """
 
     def parents(self, options: Any) -> Sequence[str]:
         """Refs of the further parents; they must have SRC's family and sizes."""

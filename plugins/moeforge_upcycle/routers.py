@@ -12,11 +12,17 @@ Kinds made from data (spec: BTX routers 2403.07816, hidden-state gates of mergek
 
 Router inputs share a large common component (the mean token); left in, it would add a constant to every logit and prefer
 some experts for all tokens. It is projected out of the rows. Last, one factor makes the router as sure as asked: the mean
-probability of the first choice, which grows with the factor.
+score of the first choice, which grows with the factor.
+
+What a score is, the layout says (`scoring`). `softmax`: the probability among all rows, from 1/R to 1. `sigmoid` (GLM-4-MoE,
+dots1): each row answers for itself with sigmoid(logit), so the first choice scores from 1/2 to 1, however many rows there
+are; the layout then divides by the sum over the top-k.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +54,7 @@ class Router:
     rows: np.ndarray
     """[R, D] float32."""
     top1: float | None = None
-    """Mean probability of the first choice; None without samples."""
+    """Mean score of the first choice; None without samples."""
     load: np.ndarray | None = None
     """[R] share of the visits that each row gets; None without samples."""
 
@@ -60,19 +66,45 @@ class Router:
         return {"top1": self.top1, "load_cv": float(self.load.std() / mean), "load_max": float(self.load.max() / mean)}
 
 
-def check(kind: str, rows: int, texts: int | None, top1: float | None) -> None:
+def chance(scoring: str, rows: int) -> float:
+    """The score of the first choice when all logits are equal."""
+    return 0.5 if scoring == "sigmoid" else 1 / rows
+
+
+def check(
+    kind: str,
+    rows: int,
+    texts: int | None,
+    top1: float | None,
+    *,
+    std: float = 0.02,
+    untie: float = 0.0,
+    scoring: str = "softmax",
+) -> None:
     """Refuse what :func:`make` would refuse, from numbers alone.
 
     Args:
         texts: number of calibration texts; None for the default ones.
+        untie: relative noise that will be added to the rows.
 
     Raises:
         UsageProblem: as there.
     """
     if kind not in NEEDS:
         raise UsageProblem(f"--router-init {kind!r}: {did_you_mean(kind, NEEDS)}")
-    if NEEDS[kind] and top1 is not None and not 1 / rows < top1 < 1:
-        raise UsageProblem(f"--router-top1 {top1}: {rows} router rows allow more than {1 / rows:.3g} and less than 1")
+    if not math.isfinite(std) or not math.isfinite(untie):
+        raise UsageProblem(f"--router-std {std:g}, --untie {untie:g}: both must be finite numbers")
+    if kind == "zero" and untie:
+        raise UsageProblem(
+            f"--untie {untie:g} is relative to the spread of the router rows, and --router-init zero has none; use random"
+        )
+    if kind == "uniform" and rows == 1:
+        raise UsageProblem("--router-init uniform takes the mean over the rows off, which leaves nothing of a single row; "
+                           "use random, or more --experts")  # fmt: skip
+    least = chance(scoring, rows)
+    if NEEDS[kind] and top1 is not None and not least < top1 < 1:
+        raise UsageProblem(f"--router-top1 {top1}: {rows} router rows with {scoring} scores allow more than {least:.3g} and "
+                           "less than 1")  # fmt: skip
     if kind in ("centroid", "ridge") and texts != rows:
         raise UsageProblem(
             f"--router-init {kind} needs one text for each router row: {rows} rows, {texts or 'no'} --calibration texts; "
@@ -91,6 +123,7 @@ def make(
     std: float = 0.02,
     top1: float | None = None,
     ridge: float = 1e-2,
+    scoring: str = "softmax",
 ) -> Router:
     """A router.
 
@@ -101,16 +134,17 @@ def make(
         rng: for random rows and cluster seeds.
         visits: how many rows a token visits (top-k, or top-k over the group size).
         std: standard deviation of random and uniform rows.
-        top1: target of the mean first-choice probability for the kinds made from data, between 1/R and 1; default
-            one half, or three quarters where there are only two rows.
+        top1: target of the mean first-choice score for the kinds made from data, between chance and 1; default
+            one half, or three quarters where chance is that: with two rows, or sigmoid scores.
         ridge: lambda, relative to the mean of the diagonal of X'X.
+        scoring: `softmax` or `sigmoid`, as the layout scores its logits.
 
     Raises:
         UsageProblem: an unknown kind, a number of domains that does not fit the rows, an unreachable target.
         BadInput: the calibration text does not tell the rows apart.
     """
     texts = None if stats is None or stats.domain_counts is None else len(stats.domain_counts)
-    check(kind, rows, texts, top1)
+    check(kind, rows, texts, top1, std=std, scoring=scoring)
     if kind == "zero":
         made = np.zeros((rows, width))
     elif kind == "random":
@@ -119,10 +153,6 @@ def make(
         made = _uniform(rows, width, std, rng)
     else:
         assert stats is not None, "stats as in NEEDS"
-        if top1 is not None and not 1 / rows < top1 < 1:
-            raise UsageProblem(
-                f"--router-top1 {top1}: {rows} router rows allow more than {1 / rows:.3g} and less than 1"
-            )
         made = _DATA[kind](stats, rows, rng, ridge)
         made = _without_mean(made, stats)
         lengths = np.linalg.norm(made, axis=1, keepdims=True)
@@ -132,12 +162,14 @@ def make(
             )
         # ridge rows are already to scale with each other; centroids are directions
         made = made / (lengths if kind != "ridge" else lengths.mean())
-        made = made * temperature(_samples(stats) @ made.T, max(0.5, 1.5 / rows) if top1 is None else top1)
-    return _report(made.astype(np.float32), stats, visits)
+        target = max(0.5, 1.5 * chance(scoring, rows)) if top1 is None else top1
+        made = made * temperature(_samples(stats) @ made.T, target, scoring)
+    return measured(made.astype(np.float32), stats, visits, scoring)
 
 
 def _uniform(rows: int, width: int, std: float, rng: np.random.Generator) -> np.ndarray:
-    """Uniform, mean over the rows removed, scaled to `std`: the start of the Drop-Upcycling runs (2502.19261)."""
+    """Uniform, mean over the rows removed, scaled to `std`: the start of the Drop-Upcycling runs (2502.19261). Two rows or
+    more: of one, nothing is left to scale."""
     made = rng.random((rows, width)) - 0.5
     made -= made.mean(0)
     return made * (std / made.std())
@@ -199,42 +231,71 @@ def _without_mean(rows: np.ndarray, stats: LayerStats) -> np.ndarray:
     return rows - np.outer(rows @ mean, mean)
 
 
-def temperature(logits: np.ndarray, target: float) -> float:
-    """The factor s > 0 under which softmax(s * logits) has a mean largest probability of `target`.
+def temperature(logits: np.ndarray, target: float, scoring: str = "softmax") -> float:
+    """The factor s > 0 under which the scores of s * logits have a mean largest one of `target`.
 
     Args:
         logits: [N, R].
-        target: between 1/R and 1. The mean largest probability grows from one to the other with s, so bisection finds s.
+        target: between :func:`chance` and 1. The mean largest score grows from one to the other with s, so bisection finds s.
 
     Raises:
-        BadInput: rows tie for the first place in so many tokens that the target cannot be reached.
+        BadInput: the target cannot be reached: rows tie for the first place in too many tokens or, for sigmoid scores, too
+            many tokens have no positive logit.
     """
-    logits = logits - logits.max(1, keepdims=True)
-    spread = -logits.mean()
+    spread = (logits.max(1, keepdims=True) - logits).mean()
     if not spread > 0:
         raise BadInput("router logits do not differ between rows on the sampled tokens")
     low, high = np.log(1e-6 / spread), np.log(1e6 / spread)
-    if mean_top1(np.exp(high) * logits) < target:
-        raise BadInput(f"router rows tie on too many tokens to be {target:.0%} sure of the first choice")
+    if mean_top1(np.exp(high) * logits, scoring) < target:
+        raise BadInput(f"router rows cannot be {target:.0%} sure of the first choice: on too many tokens they tie for it"
+                       + (" or none answers" if scoring == "sigmoid" else ""))  # fmt: skip
     for _ in range(60):
         middle = (low + high) / 2
-        if mean_top1(np.exp(middle) * logits) < target:
+        if mean_top1(np.exp(middle) * logits, scoring) < target:
             low = middle
         else:
             high = middle
     return float(np.exp(high))
 
 
-def mean_top1(logits: np.ndarray) -> float:
-    """Mean over tokens of the largest softmax probability; logits [N, R] shifted so that the largest is 0."""
-    return float((1 / np.exp(logits).sum(1)).mean())
+def mean_top1(logits: np.ndarray, scoring: str = "softmax") -> float:
+    """Mean over tokens of the largest score; logits [N, R]."""
+    largest = logits.max(1, keepdims=True)
+    if scoring == "sigmoid":
+        return float((0.5 + 0.5 * np.tanh(largest / 2)).mean())
+    return float((1 / np.exp(logits - largest).sum(1)).mean())
 
 
-def _report(rows: np.ndarray, stats: LayerStats | None, visits: int) -> Router:
+def measured(rows: np.ndarray, stats: LayerStats | None, visits: int, scoring: str = "softmax") -> Router:
+    """Router rows [R, D] with what they do to the sampled tokens, if there are any."""
     if stats is None or stats.samples is None:
         return Router(rows)
     logits = _samples(stats) @ rows.T.astype(np.float64)
     # stable: among equal logits the first rows win, as torch.topk has it on a CPU
     chosen = np.argsort(-logits, axis=1, kind="stable")[:, :visits]
     load = np.bincount(chosen.ravel(), minlength=len(rows)) / chosen.size
-    return Router(rows, mean_top1(logits - logits.max(1, keepdims=True)), load)
+    return Router(rows, mean_top1(logits, scoring), load)
+
+
+def describe(made: Mapping[int, Router]) -> str:
+    """One line on how the routers of some layers, all measured, share out the sampled tokens."""
+    uneven = {
+        index: router.load.max() / router.load.mean() for index, router in made.items() if router.load is not None
+    }
+    worst = max(uneven, key=uneven.__getitem__)
+    top1 = np.mean([router.top1 for router in made.values() if router.top1 is not None])
+    return (
+        f"routers on the calibration text: first choice scores {top1:.2f} on average; busiest row {uneven[worst]:.1f} times "
+        f"the mean load (layer {worst})"
+    )
+
+
+def idle(made: Mapping[int, Router]) -> str | None:
+    """One line on router rows that no sampled token visits; None when there are none."""
+    found = [(index, row) for index, router in made.items() if router.load is not None
+             for row in np.flatnonzero(router.load == 0)]  # fmt: skip
+    if not found:
+        return None
+    index, row = found[0]
+    others = f" and {len(found) - 1} more rows" if len(found) > 1 else ""
+    return f"router row {row} of layer {index}{others} got none of the calibration text's tokens, so its experts may not train"

@@ -11,8 +11,7 @@ from moeforge.checkpoint.architectures import FFN, architecture
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.companions import write_companions
 from moeforge.checkpoint.ops import TensorOp
-from moeforge.checkpoint.tensor import TensorInfo
-from moeforge.checkpoint.writer import MAX_MEMORY, plan_shards, write_checkpoint
+from moeforge.checkpoint.writer import plan_shards, write_checkpoint
 from moeforge.errors import GateRefused
 from moeforge.model import proof
 from moeforge.options import format_bytes
@@ -21,7 +20,7 @@ from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 
-from . import portability, routers
+from . import domains, memory, portability, routers
 from .job import Job, prepare
 from .measure import check, drift_text, measure, sources
 from .options import Options
@@ -48,11 +47,21 @@ class Upcycle:
     default_method = "copy"
     Options = Options
 
+    def inputs(self, options: Options, method: Bound | None) -> list[Any]:
+        """Digests of the texts and the prompts that may take part, for the run's key."""
+        assert method is not None
+        wanted = method.method.needs(options, method.options) | routers.NEEDS[options.router_init]
+        texts = domains.load(options.calibration) if wanted or options.calibration else []
+        prompts = domains.read_prompts(options.prompts) if options.prompts is not None else []
+        return [*([text.name, text.digest] for text in texts), *([row.positive, row.negative] for row in prompts)]
+
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
         assert method is not None
         job = prepare(_open(src, options, method), method, options)
         check(job)
         ops = job.planned_ops()
+        phases = memory.by_phase(job, ops)
+        memory.check(job, ops, phases)
         shape, why = job.shape, why_inexact(job)
         total, active = parameters(job, ops)
         infos = [info for op in ops for info in op.outputs]
@@ -76,7 +85,8 @@ class Upcycle:
                 "parameters_active": active,
                 "read_bytes": sum(_input_bytes(op) for op in ops),
                 "write_bytes": sum(s.total_bytes for s in plan_shards(infos, options.max_shard_size)),
-                "peak_memory_bytes": peak_memory(ops, options.max_memory or MAX_MEMORY),
+                "peak_memory_bytes": max(phases.values()),
+                "peak_memory_by_phase_bytes": phases,
             },
             verdicts={
                 "exact": not why,
@@ -91,10 +101,14 @@ class Upcycle:
     def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
         job: Job = plan.payload
         source = job.parents[0].checkpoint
-        if job.options.verify is not False:
+        if "proof" in plan.facts["peak_memory_by_phase_bytes"]:
             proof.warm_up()
-        report: dict[str, Any] = {}
-        ops = job.in_order(dict(self._mixtures(job, ctx, report)))
+        made: dict[int, routers.Router] = {}
+        ops = job.in_order(dict(self._mixtures(job, ctx, made)))
+        if made:
+            ctx.say(routers.describe(made))
+        if idle := routers.idle(made):
+            ctx.warn(idle)
         total = sum(info.nbytes for op in ops for info in op.outputs)
         with ctx.bar("writing", total, "B") as bar:
             written = write_checkpoint(
@@ -102,7 +116,7 @@ class Upcycle:
                 out.path,
                 max_shard_bytes=job.options.max_shard_size,
                 workers=job.options.workers,
-                max_memory=job.options.max_memory,
+                max_memory=memory.in_flight(job, ops),
                 journal=out.journal,
                 on_bytes=bar.advance,
                 check=ctx.check,
@@ -110,8 +124,8 @@ class Upcycle:
         write_companions(source, out.path, plan.config)
         counts = {key: value for key, value in plan.facts.items() if key.startswith("parameters")}
         counts |= {"tensors": len(plan.tensors)}
-        if report:
-            counts["routers"] = report
+        if made:
+            counts["routers"] = {str(index): router.as_json() for index, router in made.items()}
         if texts := sources(job):
             counts["calibration"] = texts
         verdicts = {**plan.verdicts, **self._verify(job, plan, out, ctx)}
@@ -125,47 +139,51 @@ class Upcycle:
             notes=(verdicts["proof"],) if "proof" in verdicts else (),
         )
 
-    def _mixtures(self, job: Job, ctx: Context, report: dict[str, Any]) -> Iterable[tuple[int, list[TensorOp]]]:
-        """(layer, ops) of every mixture, from the method's recipes; what routers do on the text goes into `report`."""
+    def _mixtures(
+        self, job: Job, ctx: Context, measured: dict[int, routers.Router]
+    ) -> Iterable[tuple[int, list[TensorOp]]]:
+        """(layer, ops) of every mixture, from the method's recipes; routers seen at work on the text go into `measured`."""
         method, options, shape = job.method, job.options, job.shape
         for found in measure(job, ctx):
             ctx.check()
             layer = job.layer(found.index, found.parents)
             recipe = method.method.recipe(layer, shape, options, method.options)
-            rows = recipe.router
-            if rows is None:
+            visits, scoring = max(1, shape.top_k // shape.tied), job.target.scoring
+            if recipe.router is not None:
+                made = routers.measured(recipe.router, found.parents[0], visits, scoring)
+            else:
                 made = routers.make(
                     options.router_init,
                     shape.rows,
                     layer.model_width,
                     found.router,
                     layer.rng("router"),
-                    visits=max(1, shape.top_k // shape.tied),
+                    visits=visits,
                     std=options.router_std,
                     top1=options.router_top1,
+                    scoring=scoring,
                 )
-                rows = made.rows
-                if made.load is not None:
-                    report[str(found.index)] = made.as_json()
-            yield found.index, job.mixture_ops(found.index, recipe, rows)
+            if made.load is not None:
+                measured[found.index] = made
+            yield found.index, job.mixture_ops(found.index, recipe, made.rows)
 
     def _verify(self, job: Job, plan: Plan, out: Workspace, ctx: Context) -> dict[str, Any]:
         """The equality proof from the written files.
 
         Raises:
-            GateRefused: the function was promised to be the same and is not.
+            GateRefused: the function was promised to be the same and is not, or the model gives infinities or NaN.
         """
         if job.options.verify is False:
             return {"verified": False, "why_not_verified": "--no-verify"}
         source = job.parents[0].checkpoint
-        tensors = [TensorInfo(name, *header) for name, header in plan.tensors.items()]
-        if job.options.verify is None and not proof.fits(tensors, job.options.max_memory):
-            why = f"a layer needs {format_bytes(proof.peak_bytes(tensors))} in float32; --verify proves it anyway"
+        if "proof" not in plan.facts["peak_memory_by_phase_bytes"]:
+            needed = format_bytes(memory.proof_bytes(job, job.planned_ops()))
+            why = f"the proof takes {needed} of memory; --verify does it anyway"
             ctx.warn(f"not verified: {why}")
             return {"verified": False, "why_not_verified": why}
         text = [] if plan.verdicts["exact"] else drift_text(job)
         found = proof.prove(source, out.path, seed=job.options.seed, text=text, ctx=ctx)
-        if plan.verdicts["exact"] and not found.exact:
+        if not found.finite or (plan.verdicts["exact"] and not found.exact):
             raise GateRefused(
                 f"the written model is {found.summary()}; {out.output} was not made, what was written lies in {out.path}"
             )
@@ -235,6 +253,11 @@ def warnings(job: Job) -> Iterable[str]:
             f"router logits in {job.settings['dtype']} tie between groups on about one token in 200, which then sees parts "
             "of two groups; float32 routing has no such ties"
         )
+    if job.dtype is None:
+        wanted = job.parents[0].info("gate", job.sparse[0]).dtype
+        for parent in job.parents[1:]:
+            if (found := parent.info("gate", job.sparse[0]).dtype) != wanted:
+                yield f"{parent.checkpoint.ref} is stored in {found}; all experts are written in SRC's {wanted}, or see --dtype"
     family = architecture(job.parents[0].checkpoint.config)
     unknown = family.unknown_keys(job.parents[0].checkpoint.config)
     if unknown:
@@ -259,16 +282,10 @@ def _input_bytes(op: TensorOp) -> int:
     return found
 
 
-def peak_memory(ops: Iterable[TensorOp], limit: int) -> int:
-    """Bytes of memory that writing takes: the interpreter with numpy, and as many ops at once as fit in `limit`."""
-    held = [_input_bytes(op) + 8 * max((info.size for info in op.outputs), default=0) for op in ops if op.compute]
-    return 120_000_000 + max(max(held, default=0), min(limit, sum(held)))
-
-
 def _open(src: Artifact, options: Options, method: Bound) -> list[Checkpoint]:
     from moeforge.checkpoint import open_checkpoint
 
-    refs = [src.ref, *getattr(method.method, "parents", lambda _: ())(method.options)]
+    refs = [src.ref, *method.parents]
     return [
         open_checkpoint(
             ref,

@@ -10,15 +10,16 @@ dense_ffn      names of the FFN in layers that stay dense
 shared         {"tensors", "required", "multiple", "gate"}: the always-active expert; `required`: there is no config
                without it; `multiple`: its width is a multiple of the routed width; `gate`: sigmoid(gate . x) weighs it
 extras         tensors of zeros that the layout needs beside the router: name -> {"dtype", "shape"}
+scoring        how router logits become weights: softmax (the default) or sigmoid
 renormalises   true: top-k weights always sum to one; a config key: they do when that key is true
 routed_factor  the config key that multiplies the routed sum, if there is one
 sparse         which sets of sparse layers the layout can express (see layers.why_not)
 copies         config keys that are copied from the dense model
 config         config keys and their values; $name is a setting (see predicates.fill)
 portability    runtime -> rules {"verdict", "when", "because"}; the first whose conditions hold on the output config counts
-"""
 
 A third party adds a layout under the entry-point group `moeforge.upcycle_targets` (see moeforge_upcycle.described).
+"""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ from typing import Any
 from moeforge.errors import UsageProblem
 from moeforge.options import did_you_mean
 
-from .recipe import Matrix
 from . import described
+from .recipe import Matrix
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Target:
     copies: tuple[str, ...]
     config: Mapping[str, Any]
     renormalises: bool | str
+    scoring: str = "softmax"
     zero_router_weight: float | None = None
     dense_ffn: Mapping[str, str] = field(default_factory=dict)
     shared: Shared | None = None

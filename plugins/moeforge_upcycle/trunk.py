@@ -32,15 +32,30 @@ class Trunk(Checkpoint):
         self.ref = " + ".join(parent.checkpoint.ref for parent in parents)
         self.config, self.tensors = first.checkpoint.config, first.checkpoint.tensors
         self._parents, self._method, self._options = parents, method, options
-        self._roles = {part.name: role for (role, _), part in first.parts.items() if role not in FFN}
+        self._pieces: dict[str, list[tuple[str, slice]]] = {}
+        for (role, _), part in first.parts.items():
+            if role not in FFN:
+                self._pieces.setdefault(part.name, []).append((role, part.rows or slice(None)))
+        self._last: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        sources = [parent.checkpoint for parent in self._parents]
-        role = self._roles.get(name)
-        merge = None if role is None else self._method.merge(role, self.tensors[name], self._options)
-        if merge is None:
-            return sources[0].read(name, rows)
-        return merge(*(source.read(name, rows) for source in sources))
+        pieces = [(self._method.merge(role, self.tensors[name], self._options), where)
+                  for role, where in self._pieces.get(name, ())]  # fmt: skip
+        if all(merge is None for merge, _ in pieces):
+            return self._parents[0].checkpoint.read(name, rows)
+        # some merges look at a role's whole tensor, and some parents have fewer rows; whoever asks for some rows, of an
+        # embedding, will ask for the others
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self._merged(name, pieces)
+        whole = self._last[1]
+        return whole if rows is None else whole[rows]
+
+    def _merged(self, name: str, pieces: Sequence[tuple[Any, slice]]) -> np.ndarray:
+        sources = [parent.checkpoint.read(name) for parent in self._parents]
+        made = [sources[0][where] if merge is None else merge(*(source[where] for source in sources))
+                for merge, where in pieces]  # fmt: skip
+        return made[0] if len(made) == 1 else np.concatenate(made)
 
     def companions(self) -> Sequence[Companion]:
         return self._parents[0].checkpoint.companions()

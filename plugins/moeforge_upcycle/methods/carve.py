@@ -11,8 +11,9 @@ from moeforge.errors import UsageProblem
 from moeforge.options import opt
 
 from .. import partition
+from ..calibrate import SAMPLES
 from ..recipe import ExpertRecipe, Layer, LayerRecipe, LayerStats, MixtureShape
-from ..routers import temperature
+from ..routers import chance, temperature
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Options:
         default="visited",
     )
     flatness: float = opt(
-        "how far the analytic router keeps weights from being equal: mean first-choice probability over that of chance",
+        "how far the analytic router keeps weights from being equal: mean first-choice score over that of chance",
         default=1.05,
         min=1.0001,
     )
@@ -47,6 +48,10 @@ class Carve:
     Options = Options
 
     def shape(self, ffn_width: int, stage: Any, options: Options) -> MixtureShape:
+        if options.router == "analytic" and stage.router_init != type(stage).router_init:
+            raise UsageProblem(
+                f"--router-init {stage.router_init} has no effect: --router analytic makes the rows; give --router stage with it"
+            )
         parts = stage.experts + options.shared
         if ffn_width % parts:
             raise UsageProblem(
@@ -73,6 +78,9 @@ class Carve:
         if options.router == "analytic":
             wanted |= {"samples", "activations"}
         return frozenset(wanted)
+
+    def work_bytes(self, model_width: int, ffn_width: int, options: Options) -> int:
+        return partition.work_bytes(options.partition, model_width, ffn_width) + 24 * SAMPLES * (ffn_width + model_width)
 
     def recipe(self, layer: Layer, shape: MixtureShape, stage: Any, options: Options) -> LayerRecipe:
         stats = layer.stats[0]
@@ -111,5 +119,6 @@ def analytic_router(
     gram = x.T @ x
     gram += np.eye(len(gram)) * (ridge * np.trace(gram) / len(gram))
     rows = np.linalg.solve(gram, x.T @ y).T
-    target = min(flatness / len(sets), 0.5 + 0.5 / len(sets))
-    return (rows * temperature(x @ rows.T, target)).astype(np.float32)
+    least = chance(layer.scoring, len(sets))
+    target = min(flatness * least, (1 + least) / 2)
+    return (rows * temperature(x @ rows.T, target, layer.scoring)).astype(np.float32)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from moeforge.errors import UsageProblem
 from moeforge.options import opt
 
 from ..recipe import ExpertRecipe, Layer, LayerRecipe, Matrix, MixtureShape, chosen_neurons, neuron_index
@@ -19,6 +21,10 @@ class Options:
         "of sigma: relative to each matrix' own standard deviation, or absolute", default="relative"
     )
     share: float = opt("share of an expert's neurons that get noise", default=0.5, min=0, max=1)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.sigma):
+            raise UsageProblem(f"--sigma {self.sigma:g}: must be a finite number")
 
 
 class Noise:

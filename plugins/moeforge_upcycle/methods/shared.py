@@ -12,7 +12,7 @@ from moeforge.checkpoint.architectures import FFN
 from moeforge.errors import UsageProblem
 from moeforge.options import opt
 
-from ..partition import NEEDS, Kind, importance, partition
+from ..partition import NEEDS, Kind, importance, partition, work_bytes
 from ..recipe import ExpertRecipe, Layer, LayerRecipe, MixtureShape
 from .split import check_groups
 
@@ -27,6 +27,17 @@ class Options:
     rank: Literal["activation", "norm", "random"] = opt(
         "which neurons are shared: most active on calibration text, largest weights, or any", default="activation"
     )
+    fill: Literal["neurons", "half"] = opt(
+        "what is shared: some neurons, which the routed experts then lack (neurons), or the whole FFN at half weight, beside "
+        "routed experts of the whole FFN at half weight (half)",
+        default="neurons",
+    )
+
+    def __post_init__(self) -> None:
+        if self.fill == "half":
+            for name in ("shared", "rank"):
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise UsageProblem(f"--{name} {value} has no effect: --fill half shares all neurons")
 
 
 class Shared:
@@ -37,8 +48,11 @@ class Shared:
     Options = Options
 
     def shape(self, ffn_width: int, stage: Any, options: Options) -> MixtureShape:
-        parts = options.shared + options.granularity
+        half = options.fill == "half"
+        parts = options.granularity if half else options.shared + options.granularity
         check_groups(stage, options.granularity)
+        if half and ffn_width % parts:
+            raise UsageProblem(f"--granularity {parts} does not divide the FFN's {ffn_width} neurons")
         if ffn_width % parts:
             raise UsageProblem(f"--shared {options.shared} and --granularity {options.granularity} cut the FFN into {parts} "
                                f"equal parts, which do not divide its {ffn_width} neurons")  # fmt: skip
@@ -47,22 +61,26 @@ class Shared:
             stage.experts,
             stage.top_k,
             width,
-            shared_width=options.shared * width,
+            shared_width=ffn_width if half else options.shared * width,
             tied=options.granularity,
-            routed_scale=float(options.granularity),
+            routed_scale=options.granularity * (0.5 if half else 1.0),
         )
 
     def needs(self, stage: Any, options: Options) -> frozenset[str]:
-        return NEEDS[options.partition] | ({"activation"} if options.rank == "activation" else frozenset())
+        ranked = options.fill == "neurons" and options.rank == "activation"
+        return NEEDS[options.partition] | ({"activation"} if ranked else frozenset())
+
+    def work_bytes(self, model_width: int, ffn_width: int, options: Options) -> int:
+        return work_bytes(options.partition, model_width, ffn_width)
 
     def recipe(self, layer: Layer, shape: MixtureShape, stage: Any, options: Options) -> LayerRecipe:
-        order = np.argsort(-self._importance(layer, options.rank), kind="stable")
-        shared, rest = order[: shape.shared_width], order[shape.shared_width :]
+        if options.fill == "half":
+            rest, shared = np.arange(layer.ffn_width), ExpertRecipe(scale={"down": 0.5})
+        else:
+            order = np.argsort(-self._importance(layer, options.rank), kind="stable")
+            rest, shared = order[shape.shared_width :], ExpertRecipe(neurons=np.sort(order[: shape.shared_width]))
         shards = partition(options.partition, layer, shape.tied, neurons=rest)
-        return LayerRecipe(
-            tuple(ExpertRecipe(neurons=shards[e % shape.tied]) for e in range(shape.experts)),
-            shared=ExpertRecipe(neurons=np.sort(shared)),
-        )
+        return LayerRecipe(tuple(ExpertRecipe(neurons=shards[e % shape.tied]) for e in range(shape.experts)), shared)
 
     def _importance(self, layer: Layer, rank: str) -> np.ndarray:
         """[F] float64: how much each neuron contributes to the output."""

@@ -8,7 +8,7 @@ from typing import Any
 from moeforge.errors import UsageProblem
 from moeforge.options import opt
 
-from ..partition import NEEDS, Kind, partition
+from ..partition import NEEDS, Kind, partition, work_bytes
 from ..recipe import ExpertRecipe, Layer, LayerRecipe, MixtureShape
 
 
@@ -34,6 +34,9 @@ class Split:
 
     def needs(self, stage: Any, options: Options) -> frozenset[str]:
         return NEEDS[options.partition]
+
+    def work_bytes(self, model_width: int, ffn_width: int, options: Options) -> int:
+        return work_bytes(options.partition, model_width, ffn_width)
 
     def recipe(self, layer: Layer, shape: MixtureShape, stage: Any, options: Options) -> LayerRecipe:
         shards = partition(options.partition, layer, shape.tied)

@@ -51,7 +51,7 @@ NEW = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 @pytest.mark.parametrize("align", ["none", "weights", "activations"])
-@pytest.mark.parametrize("trunk", ["average", "base"])
+@pytest.mark.parametrize("trunk", ["average", "base", "slerp", "task-vector"])
 def test_identical_checkpoints_stay_the_same_function(btx, parents, tmp_path, align, trunk):
     twins = [shutil.copytree(parents[0], tmp_path / f"twin{i}") for i in range(2)]
     done = btx(parents[0], *twins, align=align, trunk=trunk, router_std=0.5)
@@ -75,6 +75,47 @@ def test_experts_are_the_parents_and_the_rest_is_their_mean(btx, parents):
         if ".mlp." not in name:
             mean = np.mean([s[name].astype(np.float64) for s in sources], axis=0)
             assert np.array_equal(made[name], mean.astype(np.float32)), name
+
+
+@pytest.mark.parametrize("trunk", ["slerp", "task-vector", "task-vector from src", "base"])
+def test_other_trunks_are_computed_from_all_parents(btx, parents, spoken, trunk):
+    """Against numpy on the parents' files; the base is a fourth checkpoint with a shorter vocabulary, and no expert."""
+    start = spoken(11, vocab_size=150)
+    from_src = trunk.endswith("src")
+    options = {} if trunk == "slerp" or from_src else {"base": str(start)}
+    if trunk.startswith("task"):
+        options["trunk_scale"] = 0.4
+    done = btx(*parents, trunk=trunk.removesuffix(" from src"), **options)
+    made, base = tensors(done.path), tensors(parents[0] if from_src else start)
+    assert done.manifest["facts"]["experts"] == 3
+    assert len(done.manifest["parents"]) == (4 if "base" in options else 3)
+    for name in made:
+        if "block_sparse_moe" in name:
+            continue
+        all_three = [tensors(p)[name].astype(np.float64) for p in parents]
+        if trunk == "slerp":
+            wanted = all_three[0]
+            for share, other in ((1 / 2, all_three[1]), (1 / 3, all_three[2])):
+                angle = np.arccos(np.sum(wanted * other) / np.linalg.norm(wanted) / np.linalg.norm(other))
+                wanted = (np.sin((1 - share) * angle) * wanted + np.sin(share * angle) * other) / np.sin(angle)
+        else:
+            rows, scale = len(base[name]), options.get("trunk_scale", 0.0)
+            wanted = base[name] + scale * sum(x[:rows] - base[name] for x in all_three)
+            wanted = np.concatenate([wanted, np.mean([x[rows:] for x in all_three], axis=0)])
+        assert np.allclose(made[name], wanted, rtol=1e-6, atol=1e-7), name
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"trunk": "slerp", "base": "x"}, "--base x has no effect on --trunk slerp"),
+        ({"trunk_scale": 0.5}, "--trunk-scale 0.5 has no effect on --trunk average"),
+        ({"trunk": "task-vector", "trunk_scale": float("inf")}, "finite"),
+    ],
+)
+def test_trunk_options_without_effect_are_refused(btx, parents, options, told):
+    with pytest.raises(UsageProblem, match=told):
+        btx(parents[0], parents[1], **options)
 
 
 def test_base_trunk_is_srcs(btx, parents):
@@ -149,7 +190,69 @@ def test_parents_that_do_not_go_together_are_refused(btx, parents, spoken, tmp_p
             btx(parents[0], other)
 
 
+def old_dialect(directory, to):
+    """The same checkpoint as transformers 4 writes its config.json."""
+    copy = shutil.copytree(directory, to)
+    config = json.loads((copy / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    for key in ("dtype", "layer_types", *(["head_dim"] if config.get("head_dim") == 16 else [])):
+        config.pop(key, None)
+    plain = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    config |= {"rope_theta": int(rope["rope_theta"]), "torch_dtype": "float32", "transformers_version": "4.44.2",
+               "_name_or_path": "somebody/else", "use_mrope": False,
+               "rope_scaling": None if rope["rope_type"] == "default" else plain}  # fmt: skip
+    if config["model_type"] in ("qwen2", "qwen3"):
+        config |= {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 21}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("llama", {}), ("llama", {"rope_parameters": LLAMA3}), ("mistral", {}), ("qwen2", {}), ("qwen3", {})],
+)
+def test_parents_saved_by_different_versions_go_together(btx, spoken, tmp_path, family, overrides, newest_first):
+    one = spoken(21, family, **overrides)
+    two = old_dialect(spoken(22, family, **overrides), tmp_path / "old")
+    first, second = (one, two) if newest_first else (two, one)
+    made = tensors(btx(first, second).path)
+    mean = (tensors(one)["model.norm.weight"].astype(np.float64) + tensors(two)["model.norm.weight"]) / 2
+    assert np.array_equal(made["model.norm.weight"], mean.astype(np.float32))
+
+
+def test_a_key_that_nobody_knows_is_compared_unless_it_is_off(btx, parents, tmp_path):
+    odd = _edit_config(parents[1], tmp_path / "odd", twist=3)
+    with pytest.raises(BadInput, match="twist = 3, SRC has None"):
+        btx(parents[0], odd)
+    off = _edit_config(parents[1], tmp_path / "off", twist=False)
+    assert btx(parents[0], off).path.exists()
+
+
+def test_all_experts_are_written_in_one_dtype(btx, parents, tmp_path):
+    import ml_dtypes
+
+    narrow = shutil.copytree(parents[1], tmp_path / "narrow")
+    save_file({name: value.astype(ml_dtypes.bfloat16) for name, value in tensors(narrow).items()},
+              narrow / "model.safetensors", {"format": "pt"})  # fmt: skip
+    for first, second, dtype in ((parents[0], narrow, "float32"), (narrow, parents[0], "bfloat16")):
+        plan = inprocess.plan("upcycle", first, "btx", expert=(str(second),))
+        assert any("stored in" in w and str(second) in w for w in plan.warnings)
+        made = tensors(btx(first, second).path)
+        assert {str(value.dtype) for value in made.values()} == {dtype}
+        wanted = tensors(second)["model.layers.1.mlp.down_proj.weight"].astype(dtype)
+        assert np.array_equal(made[EXPERT.format(1, 1, "w2")], wanted)
+    assert not any("stored in" in w for w in inprocess.plan("upcycle", narrow, "btx", expert=(str(narrow),)).warnings)
+
+
 def test_numbers_that_do_not_fit_are_refused(btx, parents):
+    # 8 is what the other methods take when nothing is said; said, it counts
+    with pytest.raises(UsageProblem, match=r"--experts 8.*make 2"):
+        btx(parents[0], parents[1], experts=8)
     with pytest.raises(UsageProblem, match=r"--experts 5.*make 2"):
         btx(parents[0], parents[1], experts=5)
     with pytest.raises(UsageProblem, match=r"--top-k 3.*2 checkpoints"):

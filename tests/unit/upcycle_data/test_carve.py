@@ -89,6 +89,20 @@ def test_the_router_solves_its_least_squares(figures):
     assert (p / p.sum(1, keepdims=True)).max(1).mean() == pytest.approx(1.1 / 4, abs=1e-3)
 
 
+def test_for_a_sigmoid_layout_the_analytic_router_is_flat_in_its_scores(figures):
+    _, layer, x = figures
+    sets = list(np.arange(F).reshape(4, 12))
+    rows = analytic_router(dataclasses.replace(layer, scoring="sigmoid"), layer.stats[0], sets, 0.02, 1.1)
+    scores = 1 / (1 + np.exp(-x @ rows.T.astype(np.float64)))
+    assert scores.max(1).mean() == pytest.approx(1.1 / 2, abs=1e-3)
+
+
+def test_a_router_init_without_effect_is_refused(spoken):
+    with pytest.raises(UsageProblem, match=r"--router-init kmeans has no effect.*--router stage"):
+        inprocess.plan("upcycle", spoken(3), "carve", experts=4, top_k=2, router_init="kmeans")
+    inprocess.plan("upcycle", spoken(3), "carve", experts=4, top_k=2, router_init="kmeans", router="stage")
+
+
 @pytest.mark.parametrize(("scale", "wanted"), [("visited", 2), ("expected", 6), ("llama-moe", 3)])
 def test_output_scales(scale, wanted):
     shape = Carve().shape(F, Stage(experts=6, top_k=2), Options(output_scale=scale))
@@ -137,6 +151,10 @@ def test_written_and_measured(spoken, tmp_path):
         )
         scaled = 3 * dense[f"model.layers.{i}.mlp.down_proj.weight"]
         assert sorted(map(bytes, down.T)) == sorted(map(bytes, scaled.T))
+    routed = done.manifest["counts"]["routers"]
+    assert set(routed) == {"0", "1", "2"} and all(
+        1 <= r["load_max"] <= 4 and 0.25 < r["top1"] < 0.27 for r in routed.values()
+    )
     verdicts = done.manifest["verdicts"]
     assert verdicts["exact"] is False and "3 of 4" in verdicts["why_inexact"]
     measured = verdicts["measured"]

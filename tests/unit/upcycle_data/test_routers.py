@@ -5,7 +5,7 @@ import pytest
 
 from moeforge.errors import BadInput, UsageProblem
 from moeforge_upcycle.recipe import LayerStats
-from moeforge_upcycle.routers import NEEDS, check, make, mean_top1, temperature
+from moeforge_upcycle.routers import NEEDS, check, describe, idle, make, mean_top1, temperature
 
 DATA = ["centroid", "ridge", "kmeans"]
 
@@ -185,3 +185,50 @@ def test_temperature():
 
 def test_stats_without_samples_give_no_report():
     assert make("random", 4, 8, LayerStats(activation=np.ones(3)), np.random.default_rng(0)).load is None
+
+
+def sigmoid(logits):
+    return 1 / (1 + np.exp(-logits))
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("target", [None, 0.6, 0.9])
+def test_sigmoid_routers_are_as_sure_as_asked_by_their_own_score(blobs, kind, target):
+    stats = blobs()
+    found = router(kind, stats, top1=target, scoring="sigmoid")
+    measured = sigmoid(stats.samples.astype(np.float64) @ found.rows.T.astype(np.float64)).max(1).mean()
+    assert measured == pytest.approx(target or 0.75, abs=1e-3)
+    assert found.top1 == pytest.approx(measured, abs=1e-6)
+    softmaxed = router(kind, stats, top1=target)
+    assert not np.allclose(found.rows, softmaxed.rows, rtol=1e-2)
+
+
+def test_a_sigmoid_scores_half_by_chance():
+    check("kmeans", 8, None, 0.4)
+    with pytest.raises(UsageProblem, match=r"sigmoid scores allow more than 0\.5"):
+        check("kmeans", 8, None, 0.4, scoring="sigmoid")
+    with pytest.raises(BadInput, match="none answers"):
+        temperature(np.array([[-1.0, -2.0], [-3.0, -1.0], [1.0, -1.0]]), 0.9, "sigmoid")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "options", "told"),
+    [
+        ("zero", 4, {"untie": 0.1}, "--untie 0.1.*zero"),
+        ("uniform", 1, {}, "single row"),
+        ("random", 4, {"std": float("inf")}, "finite"),
+        ("random", 4, {"untie": float("inf")}, "finite"),
+    ],
+)
+def test_starts_that_make_no_router_are_refused(kind, rows, options, told):
+    with pytest.raises(UsageProblem, match=told):
+        check(kind, rows, None, None, **options)
+
+
+def test_the_report_tells_of_the_busiest_layer_and_of_rows_without_tokens(blobs):
+    even, lopsided = router("centroid", blobs()), router("zero", blobs())
+    said = describe({2: even, 5: lopsided})
+    assert "4.0 times the mean load (layer 5)" in said
+    assert f"scores {(even.top1 + lopsided.top1) / 2:.2f} on average" in said
+    assert idle({2: even}) is None
+    assert "row 1 of layer 5 and 2 more rows got none" in idle({2: even, 5: lopsided})

@@ -1,0 +1,246 @@
+"""How well a model predicts text, and how far it is from another one: loss, accuracy, divergence.
+
+Every document is cut, from its beginning, into windows of at most `length` predicted tokens; nothing is seen across the
+border of a window, and every token but a document's first is predicted exactly once. So the numbers depend on text,
+tokenizer and `length` alone, not on how windows are batched or on what a model's attention can be told about borders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint.base import Checkpoint
+from ..errors import BadInput
+from ..model.tokenizer import has_tokenizer, load_tokenizer
+from ..pipeline.context import Context
+from .data import Document, Pool
+from .encoding import Encoder
+from .packing import IGNORE, Packer
+from .runners import Memory, Runner, make_runners
+
+TOKENS_AT_ONCE = 128
+"""Tokens whose distributions are held in float64 at once."""
+PROBES = 32
+"""Documents that tell one tokenizer from another."""
+
+
+@dataclass
+class Score:
+    """Sums over the predicted tokens.
+
+    Attributes:
+        loss: cross-entropy, nats; `against_loss`: the other model's.
+        right: tokens that were the model's favourite.
+        divergence: KL(other || model), nats; `agreed`: tokens on which the other model's favourite is this one's too.
+    """
+
+    tokens: int = 0
+    loss: float = 0.0
+    right: int = 0
+    against_loss: float = 0.0
+    divergence: float = 0.0
+    agreed: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor, other: Tensor | None) -> None:
+        """logits, other: [B, t, V] (V may differ by unused ids); labels: [B, t], `IGNORE` where nothing is predicted."""
+        known = labels != IGNORE
+        targets = labels[known][:, None]
+        mine = _precise(logits[known])
+        self.tokens += len(targets)
+        self.loss -= float(mine.log_softmax(-1).gather(1, targets).sum())
+        favourite = mine.argmax(-1, keepdim=True)
+        self.right += int((favourite == targets).sum())
+        if other is None:
+            return
+        theirs = _precise(other[known])
+        self.against_loss -= float(theirs.log_softmax(-1).gather(1, targets).sum())
+        common = min(mine.shape[-1], theirs.shape[-1])
+        mine, theirs = mine[:, :common], theirs[:, :common]
+        p, q = theirs.log_softmax(-1), mine.log_softmax(-1)
+        self.divergence += float((p.exp() * (p - q)).sum())
+        # an exact tie of the other model is no disagreement: either choice has its largest logit
+        chosen = theirs.gather(1, mine.argmax(-1, keepdim=True))
+        self.agreed += int((chosen == theirs.amax(-1, keepdim=True)).sum())
+
+    def as_json(self, *, against: bool) -> dict[str, float | int]:
+        """Means over the tokens."""
+        count = self.tokens
+        found: dict[str, float | int] = {"tokens": count, "loss": self.loss / count,
+                                         "perplexity": perplexity(self.loss / count), "accuracy": self.right / count}  # fmt: skip
+        if against:
+            found |= {"against_loss": self.against_loss / count, "against_perplexity": perplexity(self.against_loss / count),
+                      "kl": self.divergence / count, "agreement": self.agreed / count}  # fmt: skip
+        return found
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float ends."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """float64, so that a divergence of 1e-9 is one; float32 where the device has nothing wider."""
+    return logits.float() if logits.device.type == "mps" else logits.double()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows side by side, padded on the right: causal attention never looks there."""
+
+    ids: Tensor
+    """[B, T] int64."""
+    labels: Tensor
+    """[B, T] int64, the next token or `IGNORE`."""
+
+    @property
+    def predicted(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+
+def cut(documents: Sequence[Document], encode: Callable[[Document], Sequence[int]], length: int, tokens: int | None,
+        seed: int) -> list[np.ndarray]:  # fmt: skip
+    """Windows of at most `length` + 1 token ids: the first is not predicted.
+
+    Args:
+        tokens: stop after this many predicted tokens; the documents come in an order that `seed` fixes.
+
+    Raises:
+        BadInput: no text.
+    """
+    found, left = [], math.inf if tokens is None else tokens
+    for row in Packer([Pool(tuple(documents))], encode, length, seed, shared=False).rows(repeat=False):
+        count = int(min(row.real.sum(), left))
+        found.append(np.append(row.tokens[:count], row.labels[count - 1]).astype(np.int32))
+        left -= count
+        if left == 0:
+            break
+    return found
+
+
+def batch(windows: Sequence[np.ndarray], rows: int) -> list[Batch]:
+    """Batches of windows of like length, the longest first, so that little is padding and memory shows its peak at once."""
+    made = []
+    order = sorted(windows, key=len, reverse=True)
+    for start in range(0, len(order), rows):
+        chunk = order[start : start + rows]
+        ids = torch.zeros(len(chunk), len(chunk[0]) - 1, dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORE)
+        for row, window in enumerate(chunk):
+            ids[row, : len(window) - 1] = torch.from_numpy(window[:-1])
+            labels[row, : len(window) - 1] = torch.from_numpy(window[1:])
+        made.append(Batch(ids, labels))
+    return made
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to measure.
+
+    Attributes:
+        length: predicted tokens of a window at most; `tokens`: in all, None for the whole text.
+        rows: windows in one forward pass.
+        memory: hold models whole, or one decoder layer at a time; `auto` holds them whole where they fit.
+        dtype: of the computation; None is float32 on a CPU, elsewhere the checkpoint's.
+    """
+
+    length: int = 1024
+    tokens: int | None = None
+    rows: int = 1
+    seed: int = 0
+    memory: Memory = "auto"
+    dtype: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The outcome of :func:`measure`: `values` of :meth:`Score.as_json`, tokens a second of the first model alone."""
+
+    values: dict[str, Any]
+    tokens_per_second: float
+    how: str
+    """`whole` or `layers`."""
+    dtype: str
+    windows: int = field(default=0)
+
+
+def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Checkpoint | None, setting: Setting,
+            ctx: Context) -> Measured:  # fmt: skip
+    """Let a model (and another one) predict the documents.
+
+    Raises:
+        BadInput: a model cannot be run, there is no tokenizer or no text, or the two cut text into other tokens.
+    """
+    encode = _encoder(checkpoint, against, documents)
+    batches = batch(cut(documents, encode, setting.length, setting.tokens, setting.seed), setting.rows)
+    checkpoints = [checkpoint] if against is None else [checkpoint, against]
+    runners = make_runners(checkpoints, setting.memory, setting.dtype, setting.device, ctx)
+    total = sum(one.predicted for one in batches)
+    largest = max(int(one.ids.max()) for one in batches)
+    for runner in runners:
+        if largest >= runner.vocabulary:
+            raise BadInput(f"{runner.ref}: the tokenizer gives id {largest}, the model has {runner.vocabulary}; "
+                           "is this its tokenizer?")  # fmt: skip
+    score = Score()
+    with ctx.bar("measuring", sum(one.ids.numel() for one in batches) * len(runners), "tokens") as bar:
+        for group in _groups(batches, runners):
+            ids = [one.ids for one in group]
+            with ExitStack() as stack:
+                outs = [stack.enter_context(runner.run(ids, bar.advance)) for runner in runners]
+                for at, one in enumerate(group):
+                    _add(score, one, [out[at] for out in outs])
+                    bar.advance(0, f"loss {score.loss / score.tokens:.4f}")
+    values = score.as_json(against=against is not None)
+    first = runners[0]
+    return Measured(
+        values, total / max(first.seconds, 1e-9), first.how, first.dtype, sum(len(one.ids) for one in batches)
+    )
+
+
+def _add(score: Score, one: Batch, logits: Sequence[Callable[[slice], Tensor]]) -> None:
+    step = max(1, TOKENS_AT_ONCE // len(one.ids))
+    for start in range(0, one.ids.shape[1], step):
+        rows = slice(start, start + step)
+        found = [get(rows) for get in logits]
+        score.add(found[0], one.labels[:, rows].to(found[0].device), found[1] if len(found) > 1 else None)
+
+
+def _groups(batches: Sequence[Batch], runners: Sequence[Runner]) -> Iterator[list[Batch]]:
+    """As many batches as every runner takes in one go."""
+    room = min(runner.tokens_at_once for runner in runners)
+    group: list[Batch] = []
+    for one in batches:
+        if group and sum(b.ids.numel() for b in group) + one.ids.numel() > room:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
+
+
+def _encoder(checkpoint: Checkpoint, against: Checkpoint | None, documents: Sequence[Document]) -> Encoder:
+    """The tokenizer of the first checkpoint that has one.
+
+    Raises:
+        BadInput: none has, or the two do not agree.
+    """
+    found = [Encoder(load_tokenizer(c)) for c in (checkpoint, against) if c is not None and has_tokenizer(c)]
+    if not found:
+        raise BadInput(
+            f"{checkpoint.ref} has no tokenizer files, so text means nothing to it; copy them beside its weights"
+        )
+    if len(found) == 2 and against is not None:
+        for document in documents[:PROBES]:
+            ids = [encode(document) for encode in found]
+            if ids[0] != ids[1]:
+                raise BadInput(f"{checkpoint.ref} and {against.ref} cut {document.key} into {len(ids[0])} and {len(ids[1])} "
+                               "tokens, not the same ones; only models with one tokenizer can be compared")  # fmt: skip
+    return found[0]

@@ -1,0 +1,233 @@
+"""eval: the numbers are those of transformers in float32, however the model is held in memory."""
+
+import json
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from moeforge.errors import BadInput, MachineLacks, UsageProblem
+from moeforge.options import build
+from moeforge.pipeline.artifact import Artifact
+from moeforge.pipeline.context import Context
+from moeforge.pipeline.progress import Progress
+from moeforge.testing import inprocess
+from moeforge.testing.command import run
+from moeforge.testing.conformance import check_light
+from moeforge.testing.models import tiny_dense
+from moeforge.train.data import find_documents, hold_out
+from moeforge.train.evaluation import Score
+from moeforge_run.eval import Eval
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Documents of unlike length: some shorter than a window, some of several."""
+    file = tmp_path_factory.mktemp("text") / "d.jsonl"
+    bodies = [f"{i}: " + "what the model has to guess, " * (i % 4) + "end" * i for i in range(12)]
+    file.write_text("".join(json.dumps({"text": body}) + "\n" for body in bodies))
+    return file, bodies
+
+
+@pytest.fixture(scope="module")
+def other(saved, tokenizer, tmp_path_factory):
+    """Another model with the same tokenizer and another depth."""
+    where = tmp_path_factory.mktemp("other")
+    model, _ = tiny_dense("llama", seed=5, num_hidden_layers=2)
+    model.save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return model, where
+
+
+@pytest.fixture
+def answer(tmp_path):
+    def go(where, **options):
+        ctx = Context("eval", Progress("eval", quiet=True), tmp_path)
+        options = build(Eval.Options, {"sequence_length": LENGTH, **options})
+        return Eval().answer([Artifact("checkpoint", str(where), where)], options, ctx)
+
+    return go
+
+
+def windows(tokenizer, bodies):
+    """(tokens, next tokens) by hand: each document from its beginning, in pieces of at most LENGTH predictions."""
+    for body in bodies:
+        ids = [*tokenizer(body)["input_ids"], tokenizer.eos_token_id]
+        for start in range(0, len(ids) - 1, LENGTH):
+            piece = torch.tensor(ids[start : start + LENGTH + 1])
+            yield piece[None, :-1], piece[1:]
+
+
+@torch.no_grad()
+def direct(tokenizer, bodies, model, against=None):
+    """The same numbers from transformers alone, one window at a time."""
+    found = {"tokens": 0, "loss": 0.0, "accuracy": 0.0, "kl": 0.0, "agreement": 0.0, "against_loss": 0.0}
+    for ids, labels in windows(tokenizer, bodies):
+        logp = model(input_ids=ids).logits[0].log_softmax(-1)
+        found["tokens"] += len(labels)
+        found["loss"] -= float(logp[range(len(labels)), labels].sum())
+        found["accuracy"] += float((logp.argmax(-1) == labels).sum())
+        if against is not None:
+            wanted = against(input_ids=ids).logits[0].log_softmax(-1)
+            found["against_loss"] -= float(wanted[range(len(labels)), labels].sum())
+            found["kl"] += float((wanted.exp() * (wanted - logp)).sum())
+            found["agreement"] += float((wanted.argmax(-1) == logp.argmax(-1)).sum())
+    return {key: value if key == "tokens" else value / found["tokens"] for key, value in found.items()}
+
+
+def same(found, wanted, *keys):
+    assert found["tokens"] == wanted["tokens"]
+    for key in keys:
+        assert found[key] == pytest.approx(wanted[key], abs=1e-5, rel=1e-5), key
+    assert found["perplexity"] == pytest.approx(math.exp(wanted["loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("memory", ["whole", "layers"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_loss_accuracy_and_divergence_are_those_of_transformers(answer, saved, other, tokenizer, text, memory, rows):
+    wanted = direct(tokenizer, text[1], saved[0], other[0])
+    assert wanted["kl"] > 0.01 and 0 < wanted["agreement"] < 1
+    found = answer(saved[1], data=(str(text[0]),), against=str(other[1]), memory=memory, batch_size=rows).data
+    same(found, wanted, "loss", "accuracy", "kl", "agreement", "against_loss")
+    assert found["memory"] == memory and found["dtype"] == "float32"
+    assert found["documents"] == 12 and found["windows"] > 12
+    assert found["tokens_per_second"] > 0
+
+
+def test_the_checkpoint_is_read_again_when_the_hidden_states_would_be_too_many(answer, saved, text, monkeypatch):
+    from moeforge.train import runners
+
+    whole = answer(saved[1], data=(str(text[0]),), memory="layers").data
+    monkeypatch.setattr(runners, "STATES", 64 * 4 * 60)
+    assert answer(saved[1], data=(str(text[0]),), memory="layers").data["loss"] == pytest.approx(
+        whole["loss"], rel=1e-7
+    )
+
+
+def test_a_model_that_does_not_fit_is_run_layer_by_layer(answer, saved, text, monkeypatch):
+    from moeforge.train import runners
+
+    assert answer(saved[1], data=(str(text[0]),)).data["memory"] == "whole"
+    monkeypatch.setattr(runners, "available_memory", lambda: 1_000_000)
+    assert answer(saved[1], data=(str(text[0]),)).data["memory"] == "layers"
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_compressed_artifacts_are_measured_as_they_run(answer, saved, text, tmp_path, tokenizer, method):
+    made = inprocess.run("compress", saved[1], tmp_path / "small", method, eval=False).path
+    from moeforge import load
+
+    wanted = direct(tokenizer, text[1], load(made, dtype="float32"), saved[0])
+    assert wanted["kl"] > 1e-6
+    same(answer(made, data=(str(text[0]),), against=str(saved[1])).data, wanted, "loss", "accuracy", "agreement")
+    # decoded on read: int8 is then multiplied in float32, where bitsandbytes rounds activations too
+    layered = answer(made, data=(str(text[0]),), against=str(saved[1]), memory="layers").data
+    assert layered["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
+    assert layered["tokens"] == wanted["tokens"]
+
+
+def test_a_bound_and_a_seed_choose_the_same_tokens_again(answer, saved, text):
+    first, again, other = (answer(saved[1], data=(str(text[0]),), tokens=100, seed=seed).data for seed in (1, 1, 2))
+    assert first["tokens"] == other["tokens"] == 100
+    assert first["loss"] == again["loss"] != other["loss"]
+
+
+def test_held_out_is_what_tune_keeps_out(answer, saved, tokenizer, text):
+    kept = hold_out(find_documents([str(text[0])]), 0.3, 4)[1]
+    assert 0 < len(kept) < 12
+    wanted = direct(tokenizer, [document.read() for document in kept], saved[0])
+    same(answer(saved[1], data=(str(text[0]),), held_out=0.3, seed=4).data, wanted, "loss")
+
+
+def test_an_exact_tie_of_the_other_model_is_no_disagreement():
+    score = Score()
+    score.add(torch.tensor([[[1.0, 2.0, 0.0]]]), torch.tensor([[0]]), torch.tensor([[[2.0, 2.0, 1.0]]]))
+    assert score.agreed == 1 and score.right == 0
+    score.add(torch.tensor([[[1.0, 2.0, 5.0]]]), torch.tensor([[2]]), torch.tensor([[[2.0, 2.0, 1.0]]]))
+    assert score.agreed == 1 and score.right == 1 and score.tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "needs text"),
+        ({"lm_eval": ("x",), "against": "y"}, "--against"),
+        ({"data": ("x",), "limit": 3}, "--limit"),
+        ({"lm_eval": ("x",), "memory": "layers"}, "--memory layers"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, told):
+    with pytest.raises(UsageProblem, match=told):
+        build(Eval.Options, options)
+
+
+def test_models_that_cut_text_into_other_tokens_are_not_compared(answer, saved, tokenizer, text, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    shifted = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = shifted["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "t.json").write_text(json.dumps(shifted))
+    saved[0].save_pretrained(tmp_path / "other")
+    strange = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"), bos_token="<s>", eos_token="</s>")
+    strange.save_pretrained(tmp_path / "other")
+    with pytest.raises(BadInput, match="not the same ones"):
+        answer(saved[1], data=(str(text[0]),), against=str(tmp_path / "other"))
+    saved[0].save_pretrained(tmp_path / "mute")
+    with pytest.raises(BadInput, match="no tokenizer"):
+        answer(tmp_path / "mute", data=(str(text[0]),))
+    # one tokenizer is enough for two
+    assert answer(tmp_path / "mute", data=(str(text[0]),), against=str(saved[1])).data["kl"] == pytest.approx(
+        0, abs=1e-12
+    )
+
+
+def test_lm_eval_is_asked_for_by_name_when_it_is_missing(answer, saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
+    with pytest.raises(MachineLacks, match=r"pip install 'lm-eval\[hf\]'"):
+        answer(saved[1], lm_eval=("hellaswag",))
+
+
+def test_lm_eval_gets_the_loaded_model(answer, saved, tokenizer, monkeypatch):
+    """A stand-in with the harness' interface: the model and the tokenizer reach it, its numbers come back."""
+    asked = {}
+
+    class HFLM:
+        def __init__(self, pretrained, tokenizer, batch_size, max_length):
+            self.model, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
+
+    def simple_evaluate(model, tasks, limit, **rest):
+        asked.update(tasks=tasks, limit=limit)
+        ids = torch.tensor([model.tokenizer("abc")["input_ids"]])
+        logits = model.model(input_ids=ids).logits
+        return {"results": {"first": {"acc,none": float(logits.argmax()), "alias": "first"}, "second": {"ppl,none": 3}}}
+
+    package, models, hf, tasks = (
+        ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
+    )
+    package.simple_evaluate, hf.HFLM = simple_evaluate, HFLM
+    tasks.TaskManager = lambda: SimpleNamespace(all_tasks=["first", "second"])
+    package.__spec__ = SimpleNamespace(name="lm_eval")
+    for module in (package, models, hf, tasks):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    found = answer(saved[1], lm_eval=("first,second",), limit=7)
+    wanted = saved[0](input_ids=torch.tensor([tokenizer("abc")["input_ids"]])).logits.argmax()
+    assert found.data["lm_eval"] == {"first": {"acc,none": float(wanted)}, "second": {"ppl,none": 3.0}}
+    assert asked == {"tasks": ["first", "second"], "limit": 7}
+    assert "second  ppl,none" in found.text
+    with pytest.raises(UsageProblem, match="did you mean 'first'"):
+        answer(saved[1], lm_eval=("firstt",))
+
+
+def test_the_command_prints_a_table_or_one_line_of_json(saved, text, tmp_path):
+    check_light("eval", None, {})
+    words = ["eval", saved[1], "--data", text[0], "--tokens", 60]
+    done = run(*words, check=True)
+    assert "perplexity" in done.out and "60 tokens of" in done.out and "tokens/s" in done.out
+    found = json.loads(run(*words, "--json", check=True).out)
+    assert found["tokens"] == 60 and f"{found['perplexity']:.4g}" in done.out

@@ -102,6 +102,10 @@ class Spec:
         return self.type is Path or bool(self.meta.get("reads"))
 
     @property
+    def metavar(self) -> str:
+        return self.meta.get("metavar") or self.name.upper().replace("_", "-")
+
+    @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 

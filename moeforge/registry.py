@@ -18,10 +18,12 @@ from importlib import metadata, resources
 from typing import Any
 
 from .errors import UsageProblem
-from .options import did_you_mean
+from .options import did_you_mean, specs
 
 API_VERSION = 1
 OURS = "moeforge"
+VERBS = "moeforge.verbs"
+ARCHITECTURES = "moeforge.architectures"
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,70 @@ class Entry:
         """Import and return the object.
 
         Raises:
-            UsageProblem: it cannot be imported, or was made for another version of the plugin interface.
+            UsageProblem: it cannot be imported, lacks what its kind must have, or was made for another version of the plugin
+                interface.
         """
         try:
             loaded = load_object(self.target)
         except Exception as error:
-            raise UsageProblem(
-                f"{self.name!r} comes from {self.distribution}, which is broken: {type(error).__name__}: {error}; "
-                f"repair or uninstall {self.distribution}"
-            ) from error
+            raise self._broken(f"{type(error).__name__}: {error}") from error
         wanted = getattr(loaded, "api_version", API_VERSION)
         if wanted != API_VERSION:
             raise UsageProblem(
                 f"{self.name!r} from {self.distribution} speaks plugin interface {wanted}, this moeforge speaks "
                 f"{API_VERSION}; install a matching release of {self.distribution}"
             )
+        try:
+            flaw = _flaw(self.group, loaded)
+        except Exception as error:
+            raise self._broken(f"{loaded.__name__}.Options: {type(error).__name__}: {error}") from error
+        if flaw:
+            raise self._broken(flaw)
         return loaded
+
+    def make(self) -> Any:
+        """An instance of the class: a verb or a method at work.
+
+        Raises:
+            UsageProblem: see `load`; or its constructor fails.
+        """
+        loaded = self.load()
+        try:
+            return loaded()
+        except Exception as error:
+            raise self._broken(f"{type(error).__name__}: {error}") from error
+
+    def _broken(self, why: str) -> UsageProblem:
+        return UsageProblem(f"{self.name!r} comes from {self.distribution}, which is broken: {why}; "
+                            f"repair or uninstall {self.distribution}")  # fmt: skip
+
+
+def _flaw(group: str, loaded: Any) -> str:
+    """What an object lacks to be what its group says, empty when nothing: the contracts of `moeforge.pipeline.stage`.
+
+    Raises:
+        Exception: whatever its Options raise when they are looked at.
+    """
+    if group == ARCHITECTURES:
+        if isinstance(loaded, dict) or (isinstance(loaded, str | os.PathLike) and os.path.isfile(loaded)):
+            return ""
+        return f"an architecture is a dict or the path of a JSON file, not {loaded!r}"
+    if not isinstance(loaded, type):
+        return f"{loaded!r} is no class"
+    wanted: dict[str, Any] = {"name": str, "summary": str, "Options": type}
+    if group == VERBS and hasattr(loaded, "run"):
+        wanted |= {"consumes": frozenset, "produces": str, "output": str, "default_method": str | None, "plan": object}
+    elif group == VERBS:
+        wanted |= {"consumes": frozenset, "sources": int, "answer": object}
+    else:
+        wanted |= {"reference": str}
+    for name, kind in wanted.items():
+        if not hasattr(loaded, name):
+            return f"{loaded.__name__} has no {name}"
+        if not isinstance(getattr(loaded, name), kind):
+            return f"{loaded.__name__}.{name} is {getattr(loaded, name)!r}"
+    specs(loaded.Options)
+    return ""
 
 
 def load_object(target: str) -> Any:

@@ -131,6 +131,8 @@ class Bar:
             self._rich = RichProgress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"),
                 console=self.progress._console, transient=True,
+                # what others write to stderr gets its prefix from moeforge.pipeline.noise
+                redirect_stdout=False, redirect_stderr=False,
             )  # fmt: skip
             self._task = self._rich.add_task(f"{self.progress.verb}: {self.title}", total=self.total, told="")
             self._rich.start()

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from moeforge.errors import BadInput, UsageProblem
+from moeforge.options import build
 from moeforge.pipeline import run as pipeline
 from moeforge.pipeline.artifact import Artifact
+from moeforge.pipeline.manifest import run_key
+from moeforge_tune.stage import Tune
 
 
 @pytest.fixture
@@ -84,6 +87,25 @@ def test_parents_on_a_branch_are_opened_at_the_commit_that_the_key_names(world, 
     assert join(src, tmp_path / "out", **options).reused
     with pytest.raises(UsageProblem, match="other options or inputs"):
         join(src, tmp_path / "out", **options)
+
+
+def test_tune_names_its_text(tmp_path, artifact):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("some text")
+    options = build(Tune.Options, {"data": [str(tmp_path / "corpus")]})
+    src = Artifact("checkpoint", str(artifact()))
+
+    def key():
+        _, inputs = pipeline.pin_inputs(Tune(), options, None)
+        return run_key("tune", src, "sha256:aa", options, None, ("moeforge",), inputs)
+
+    keys = [key(), key()]
+    (tmp_path / "corpus" / "a.txt").write_text("SOME TEXT")
+    keys.append(key())
+    (tmp_path / "corpus" / "b.txt").write_text("more")
+    keys.append(key())
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_a_parent_that_is_not_there_is_named(world, join, tmp_path):

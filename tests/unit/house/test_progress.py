@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from moeforge import cli
+from moeforge import launch
 from moeforge.errors import Interrupted, ReaderGone
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.progress import Progress
@@ -68,9 +68,9 @@ def test_a_closed_pipe_is_noticed_and_an_open_one_is_not(monkeypatch):
     saved = os.dup(1)
     try:
         os.dup2(writing, 1)
-        alive = cli._reader_alive()
+        alive = launch.reader_alive()
         os.close(reading)
-        gone = cli._reader_alive()
+        gone = launch.reader_alive()
     finally:
         os.dup2(saved, 1)
         os.close(saved)

@@ -1,0 +1,206 @@
+"""From a parsed command line to a run: options out of flags and file, sources out of words and stdin, then the verb."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import click
+
+from .errors import BadInput, UsageProblem
+from .options import Spec, build, did_you_mean, opt, read_toml, specs
+from .pipeline.artifact import Artifact, locate, parse_line
+from .pipeline.context import Context
+from .pipeline.noise import tamed
+from .pipeline.progress import Progress
+from .pipeline.stage import Bound
+from .registry import Entry
+
+
+class Command(Protocol):
+    """What is known of a verb once its command line is parsed; see :class:`moeforge.verb.Verb`."""
+
+    name: str | None
+    entry: Entry
+    stage: Any
+    is_stage: bool
+    method_entry: Entry | None
+    method: Any
+    sources: int
+    """How many sources it takes."""
+    positional: list[Spec]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that every verb has. No plugin's option may take their names."""
+
+    method: str | None = opt("how it is done", default=None, metavar="NAME")
+    output: Path | None = opt("where the result goes", default=None, short="-o")
+    force: bool = opt(
+        "replace an existing output, if moeforge wrote it or it is empty; of a symlink only the link", default=False
+    )
+    dry_run: bool = opt("print the plan (tensors, sizes, memory, verdicts); write nothing", default=False)
+    json: bool = opt("print the result as one line of JSON, also on a terminal", default=False)
+    config: Path | None = opt("read options from a file; flags win over it", default=None, metavar="FILE.toml")
+    quiet: bool = opt("no progress and no messages, only warnings and errors", default=False, short="-q")
+    progress: Literal["auto", "bar", "lines", "json", "none"] = opt("how progress is shown on stderr", default="auto")
+    debug: bool = opt("show the traceback of an error", default=False)
+
+
+COMMON = tuple(spec.name for spec in specs(Common))
+OF_STAGES = frozenset({"method", "output", "force", "dry_run"})
+"""Those of them that a query does not have."""
+ON_THE_LINE = frozenset({"config", "debug"})
+"""Those of them that make no sense within a `--config` file."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Everything that flags, file and defaults say."""
+
+    common: Common
+    options: Any
+    method: Bound | None
+
+
+def choose(verb: Command, given: dict[str, Any]) -> Chosen:
+    """Flags and arguments over the config file over defaults, each in its type.
+
+    Raises:
+        UsageProblem: an unknown name, a value that does not fit; names the file where it is the file's.
+    """
+    path = given.get("config")
+    values = {**(read_toml(path) if path is not None else {}), **given}
+    shared = {name for name in COMMON if verb.is_stage or name not in OF_STAGES}
+    mine = {s.name for s in specs(verb.stage.Options)}
+    theirs = {s.name for s in specs(verb.method.Options)} if verb.method is not None else set()
+    for name in values:
+        if name not in mine | theirs | shared or (name in ON_THE_LINE and name not in given):
+            known = sorted(mine | theirs | shared - ON_THE_LINE)
+            raise UsageProblem(f"--config {path}: unknown option {name!r}: {did_you_mean(name, known)}")
+    common = build(Common, {k: v for k, v in values.items() if k in shared})
+    options = build(verb.stage.Options, {k: v for k, v in values.items() if k in mine})
+    method = None
+    if verb.method is not None and verb.method_entry is not None:
+        bound = build(verb.method.Options, {k: v for k, v in values.items() if k in theirs})
+        method = Bound(verb.method_entry.name, verb.method, bound)
+    return Chosen(common, options, method)
+
+
+def method_named(config: str | None) -> str | None:
+    """The method that a `--config` file names."""
+    found = {} if config is None else read_toml(Path(config))
+    return build(Common, {"method": found["method"]}).method if "method" in found else None
+
+
+def split_words(verb: Command, words: tuple[str, ...]) -> tuple[list[str | None], dict[str, str]]:
+    """The positional words as sources and arguments; a source of None is read from stdin."""
+    required = sum(s.required for s in verb.positional)
+    most = verb.sources + len(verb.positional)
+    if len(words) > most:
+        raise UsageProblem(
+            f"{verb.name}: {len(words)} arguments given, at most {most} are taken: unexpected {words[most]!r}"
+        )
+    from_stdin = verb.sources == 1 and len(words) <= required
+    sources: list[str | None] = [None] if from_stdin else list(words[: verb.sources])
+    rest = words if from_stdin else words[verb.sources :]
+    if len(sources) < verb.sources or len(rest) < required:
+        names = " ".join([*(["SRC"] if verb.sources == 1 else ["A", "B"]), *(s.metavar for s in verb.positional)])
+        raise UsageProblem(f"{verb.name} takes {names}, got {len(words)} arguments; see `moeforge {verb.name} --help`")
+    return sources, {spec.name: word for spec, word in zip(verb.positional, rest, strict=False)}
+
+
+def source(word: str | None, verb: str) -> Artifact:
+    """The artifact that a SRC word names; None and `-` read the reference from stdin."""
+    if word not in (None, "-"):
+        return locate(str(word))
+    if word is None and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageProblem(
+            f"{verb} needs SRC (a directory, file or Hub id), or a reference piped in; see `moeforge {verb} --help`"
+        )
+    if sys.stdin is None:
+        raise BadInput("no SRC was given and stdin is closed")
+    return parse_line(sys.stdin.read())
+
+
+def reader_alive() -> bool:
+    """False when stdout is a pipe whose reading end is gone (Linux reports an error on the writing end)."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return not any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
+
+
+def launch(verb: Command, given: dict[str, Any]) -> int:
+    """Run the verb; what it made goes to stdout, everything else to stderr.
+
+    Args:
+        given: what the command line says: parameter -> value, without defaults.
+
+    Returns:
+        The exit code.
+    """
+    from .pipeline import run as pipeline
+
+    words, positional = split_words(verb, given.pop("places", ()))
+    chosen = choose(verb, {**given, **positional})
+    progress = Progress(verb.entry.name, chosen.common.progress, chosen.common.quiet)
+    ctx = Context(verb.entry.name, progress, pipeline.home(), _reader_check=reader_alive)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stopper(ctx))
+    sources = [source(word, verb.entry.name) for word in words]
+    with tamed(progress):
+        return _stage(verb, chosen, sources[0], ctx) if verb.is_stage else _query(verb, chosen, sources, ctx)
+
+
+def _query(verb: Command, chosen: Chosen, sources: list[Artifact], ctx: Context) -> int:
+    from .pipeline.run import check_kind
+
+    for src in sources:
+        check_kind(verb.stage, src)
+    answer = verb.stage.answer(sources, chosen.options, ctx)
+    click.echo(json.dumps(answer.data) if chosen.common.json else answer.text)
+    return answer.exit_code
+
+
+def _stage(verb: Command, chosen: Chosen, src: Artifact, ctx: Context) -> int:
+    from .pipeline.describe import describe_outcome, describe_plan
+    from .pipeline.run import Request, plan_stage, run_stage
+
+    common, progress = chosen.common, ctx.progress
+    as_json = common.json or not sys.stdout.isatty()
+    owners = tuple(e.distribution for e in (verb.entry, verb.method_entry) if e is not None)
+    request = Request(verb.stage, chosen.options, chosen.method, common.output, common.force, owners)
+    if common.dry_run or src.kind == "plan":
+        plan = plan_stage(request, src)
+        for warning in plan.warnings:
+            progress.warn(warning)
+        if as_json:
+            click.echo(Artifact("plan", "-", verb=verb.name, plan=plan.as_json()).line())
+        for line in describe_plan(plan):
+            if as_json:
+                progress.say(line)
+            else:
+                click.echo(line)
+        return 0
+    outcome = run_stage(request, src, ctx)
+    lines = describe_outcome(outcome)
+    for line in lines if as_json else lines[1:]:
+        progress.say(line)
+    click.echo(outcome.artifact.line() if as_json else lines[0])
+    return 0
+
+
+def _stopper(ctx: Context) -> Any:
+    def stop(signum: int, frame: Any) -> None:
+        if ctx.interrupted:
+            raise KeyboardInterrupt
+        ctx.interrupted = True
+        ctx.progress.stream.write(f"{ctx.verb}: stopping at the next safe point; press Ctrl-C again to stop at once\n")
+
+    return stop

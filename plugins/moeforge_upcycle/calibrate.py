@@ -1,8 +1,8 @@
 """One streaming pass over a dense model that measures, layer by layer, what methods and routers ask for.
 
 Everything is taken at the true router input: what the feed-forward block is given, after attention, residual and norm.
-The first token of a sequence is left out: it serves attention as a sink, its activations are outliers of hundreds of times the
-usual size (2309.17453), and every sequence begins with the same one.
+The first token of a sequence is left out: it serves attention as a sink, and its activations are outliers of hundreds of times
+the usual size (2309.17453). Callers put a start token there, so that no word is lost (see measure.starting_encoder).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ACTIVE = 0.1
 """A neuron is active in a token when it is among this share of the largest |activations| (CMoE, 2502.04416)."""
+SAMPLES = 2048
+"""Tokens that are kept whole."""
 FIELDS = frozenset({"activation", "rate", "samples", "domains", "gram", "activations"})
 """What can be asked for. `samples` brings `labels`; `domains` brings `domain_sums` and `domain_counts`."""
 
@@ -36,7 +38,7 @@ def calibrate(
     needs: Collection[str],
     domains: Sequence[Sequence[Sequence[int]]],
     *,
-    samples: int = 2048,
+    samples: int = SAMPLES,
     seed: int = 0,
     ctx: Context | None = None,
 ) -> Iterator[tuple[int, LayerStats]]:

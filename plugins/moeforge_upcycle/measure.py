@@ -79,7 +79,7 @@ def measure(job: Job, ctx: Context) -> Iterator[Measured]:
     by_prompts = job.options.prompts is not None
     # one pass serves both where the router's model is the only parent, on the same text
     together = len(job.parents) == 1 and not by_prompts
-    text = _text(job) if for_method or (for_router and not by_prompts) else None
+    text = _text(job, ctx) if for_method or (for_router and not by_prompts) else None
     passes = [
         _pass(job, p.checkpoint, for_method | (for_router if together else set()), text, ctx) for p in job.parents
     ]
@@ -88,7 +88,7 @@ def measure(job: Job, ctx: Context) -> Iterator[Measured]:
     else:
         first = job.parents[0].checkpoint
         model = first if len(job.parents) == 1 else Trunk(job.parents, job.method.method, job.method.options)
-        passes.append(_pass(job, model, for_router, _prompts(job) if by_prompts and for_router else text, ctx))
+        passes.append(_pass(job, model, for_router, _prompts(job, ctx) if by_prompts and for_router else text, ctx))
     for found in zip(*passes, strict=True):
         *parents, router = (stats for _, stats in found)
         yield Measured(found[0][0], tuple(parents), parents[0] if together else router)
@@ -113,20 +113,29 @@ def sources(job: Job) -> dict[str, Any]:
     return {}
 
 
-def _text(job: Job) -> Text:
-    encode = encoder(job.parents[0].checkpoint)
+def _text(job: Job, ctx: Context) -> Text:
+    encode = starting_encoder(job.parents[0].checkpoint, ctx)
     return [d.sequences(encode, job.options.calibration_tokens, LENGTH) for d in domains.load(job.options.calibration)]
 
 
-def _prompts(job: Job) -> Text:
-    """Positive and negative prompts of each router row in turn, as routers.make wants them."""
-    assert job.options.prompts is not None
-    encode = encoder(job.parents[0].checkpoint)
-    return [
-        [encode(text)[:LENGTH] for text in texts]
-        for row in domains.read_prompts(job.options.prompts)
-        for texts in (row.positive, row.negative)
-    ]
+def _prompts(job: Job, ctx: Context) -> Text:
+    """Positive and negative prompts of each router row in turn, as routers.make wants them.
+
+    Raises:
+        UsageProblem: nothing of a prompt would be measured.
+    """
+    path = job.options.prompts
+    assert path is not None
+    encode = starting_encoder(job.parents[0].checkpoint, ctx)
+    found = []
+    for number, row in enumerate(domains.read_prompts(path)):
+        for texts in (row.positive, row.negative):
+            found.append([encode(text)[:LENGTH] for text in texts])
+            for text, ids in zip(texts, found[-1], strict=True):
+                if len(ids) < 2:
+                    raise UsageProblem(f"--prompts {path}: expert {number}: {text!r} is {len(ids)} token, and a sequence's first "
+                                       "token is not measured; write a longer prompt")  # fmt: skip
+    return found
 
 
 def drift_text(job: Job) -> list[list[int]]:
@@ -144,8 +153,30 @@ def encoder(checkpoint: Checkpoint) -> domains.Encode:
     """Text -> ids as the checkpoint's tokenizer begins a text, without an end-of-text token behind it."""
     from moeforge.model.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(checkpoint)
+    return _encode(load_tokenizer(checkpoint))
 
+
+def starting_encoder(checkpoint: Checkpoint, ctx: Context) -> domains.Encode:
+    """Text -> ids that begin with a token which is no part of the text: calibration leaves the first token of a sequence out.
+
+    Where the tokenizer puts none there, its start token is taken, or else the one that ends a document and so precedes
+    the next one in packed training data. Where there is neither, a warning says that first tokens are lost.
+    """
+    from moeforge.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    encode = _encode(tokenizer)
+    if encode("text")[:1] != tokenizer("text", add_special_tokens=False)["input_ids"][:1]:
+        return encode
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        ctx.warn(f"{checkpoint.ref}: its tokenizer has no token to begin a text with, so the first token of every text and "
+                 "prompt is not measured")  # fmt: skip
+        return encode
+    return lambda text: [start, *encode(text)]
+
+
+def _encode(tokenizer: Any) -> domains.Encode:
     def encode(text: str) -> list[int]:
         ids = list(tokenizer(text, verbose=False)["input_ids"])
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

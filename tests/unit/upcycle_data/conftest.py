@@ -80,15 +80,16 @@ def spoken(tmp_path_factory):
     """(name, seed, **overrides) -> directory of a tiny Llama with a word-level tokenizer of its vocabulary."""
     from moeforge.testing.models import save_tiny
 
-    def make(seed: int = 0, family: str = "llama", words=None, **overrides):
+    def make(seed: int = 0, family: str = "llama", words=None, special=("bos", "eos"), **overrides):
         directory = save_tiny(tmp_path_factory.mktemp("spoken"), family, seed, **overrides)
-        write_tokenizer(directory, words or WORDS)
+        write_tokenizer(directory, words or WORDS, special)
         return directory
 
     return make
 
 
-def write_tokenizer(directory, words) -> None:
+def write_tokenizer(directory, words, special_tokens=("bos", "eos")) -> None:
+    """`special_tokens`: which of bos and eos it has; with bos it begins every text with it."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {word: 3 + i for i, word in enumerate(words)}
     special = [{"id": i, "content": c, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
                 "normalized": False} for c, i in list(vocab.items())[:3]]  # fmt: skip
@@ -101,7 +102,10 @@ def write_tokenizer(directory, words) -> None:
                            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
         "decoder": None, "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
     }  # fmt: skip
+    if "bos" not in special_tokens:
+        body["post_processor"] = None
     (directory / "tokenizer.json").write_text(json.dumps(body))
+    names = {f"{kind}_token": token for kind, token in (("bos", "<s>"), ("eos", "</s>")) if kind in special_tokens}
     (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names})
     )

@@ -73,17 +73,18 @@ def choose(verb: Command, given: dict[str, Any]) -> Chosen:
     """Flags and arguments over the config file over defaults, each in its type.
 
     Raises:
-        UsageProblem: an unknown name, a value that does not fit; names the file where it is the file's.
+        UsageProblem: an unknown name, or a value that does not fit.
     """
     path = given.get("config")
-    values = {**(read_toml(path) if path is not None else {}), **given}
+    written = read_toml(path) if path is not None else {}
     shared = {name for name in COMMON if verb.is_stage or name not in OF_STAGES}
     mine = {s.name for s in specs(verb.stage.Options)}
     theirs = {s.name for s in specs(verb.method.Options)} if verb.method is not None else set()
-    for name in values:
-        if name not in mine | theirs | shared or (name in ON_THE_LINE and name not in given):
-            known = sorted(mine | theirs | shared - ON_THE_LINE)
+    known = sorted((mine | theirs | shared) - ON_THE_LINE)
+    for name in written:
+        if name not in known:
             raise UsageProblem(f"--config {path}: unknown option {name!r}: {did_you_mean(name, known)}")
+    values = {**written, **given}
     common = build(Common, {k: v for k, v in values.items() if k in shared})
     options = build(verb.stage.Options, {k: v for k, v in values.items() if k in mine})
     method = None

@@ -138,15 +138,13 @@ def _prompts(job: Job, ctx: Context) -> Text:
     return found
 
 
-def drift_text(job: Job) -> list[list[int]]:
-    """Real text to measure the drift of an inexact method on: none without a tokenizer."""
+def drift_text(job: Job) -> dict[str, list[list[int]]]:
+    """Real text to measure the drift of an inexact method on, by domain: none without a tokenizer."""
     source = job.parents[0].checkpoint
     if not has_tokenizer(source):
-        return []
+        return {}
     encode = encoder(source)
-    return [
-        ids for d in domains.load(job.options.calibration) for ids in d.sequences(encode, PROOF_TOKENS, PROOF_TOKENS)
-    ]
+    return {d.name: d.sequences(encode, PROOF_TOKENS, PROOF_TOKENS) for d in domains.load(job.options.calibration)}
 
 
 def encoder(checkpoint: Checkpoint) -> domains.Encode:

@@ -20,7 +20,7 @@ from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 
-from . import domains, memory, portability, routers
+from . import domains, losses, memory, portability, routers
 from .job import Job, prepare
 from .measure import check, drift_text, measure, sources
 from .options import Options
@@ -136,7 +136,7 @@ class Upcycle:
             digests=written.files,
             tensor_digests=written.tensor_digests,
             parents=tuple(parent.checkpoint.provenance() for parent in job.parents),
-            notes=(verdicts["proof"],) if "proof" in verdicts else (),
+            notes=(*([verdicts["proof"]] if "proof" in verdicts else []), *losses.lines(verdicts.get("losses", {}))),
         )
 
     def _mixtures(
@@ -181,7 +181,7 @@ class Upcycle:
             why = f"the proof takes {needed} of memory; --verify does it anyway"
             ctx.warn(f"not verified: {why}")
             return {"verified": False, "why_not_verified": why}
-        text = [] if plan.verdicts["exact"] else drift_text(job)
+        text = [] if plan.verdicts["exact"] else [ids for texts in drift_text(job).values() for ids in texts]
         found = proof.prove(source, out.path, seed=job.options.seed, text=text, ctx=ctx)
         if not found.finite or (plan.verdicts["exact"] and not found.exact):
             raise GateRefused(
@@ -191,6 +191,11 @@ class Upcycle:
             "verified": True,
             "proof": found.summary() if plan.verdicts["exact"] else drift(found),
             "measured": found.as_json(),
+            **(
+                {"losses": losses.by_domain(job, out.path, ctx)}
+                if len(job.parents) > 1 and job.options.calibration
+                else {}
+            ),
         }
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from moeforge.errors import BadInput, UsageProblem
 from moeforge.testing import inprocess
+from moeforge_upcycle import losses
 from moeforge_upcycle.trunk import Trunk
 
 WIDTH = 96
@@ -291,6 +292,36 @@ def test_routers_from_domain_texts(btx, parents, tmp_path, kind):
     assert abs(seen["a"] - seen["b"]) > 0.6
     if kind != "kmeans":
         assert seen["a"] < 0.3 and seen["b"] > 0.7
+
+
+def test_losses_on_every_domain_beside_those_of_the_parents(btx, parents, spoken, tmp_path):
+    """Against the stock models; a parent that lacks a token of a text has no loss there."""
+    from transformers import AutoTokenizer
+
+    small = spoken(13, vocab_size=20)  # up to the 17th word
+    texts = {}
+    for name, words in (("known", WORDS[:14]), ("strange", WORDS[12:])):
+        (tmp_path / name).write_text(" ".join(np.random.default_rng(len(name)).choice(words, 90)))
+        texts[str(tmp_path / name)] = AutoTokenizer.from_pretrained(parents[0])((tmp_path / name).read_text())[
+            "input_ids"
+        ]
+    done = btx(parents[0], parents[1], small, calibration=tuple(texts), verify=True)
+    found = done.manifest["verdicts"]["losses"]
+    assert list(found) == list(texts)
+    for name, ids in texts.items():
+        tokens = torch.tensor([ids])
+
+        def loss(directory, tokens=tokens):
+            logits = stock(directory, tokens)[0].double()
+            return float(torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:]))
+
+        assert found[name]["mixture"] == pytest.approx(loss(done.path), rel=1e-5)
+        assert found[name]["parents"][:2] == pytest.approx([loss(p) for p in parents[:2]], rel=1e-5)
+        wanted = None if name.endswith("strange") else pytest.approx(loss(small), rel=1e-5)
+        assert found[name]["parents"][2] == wanted
+    told = losses.lines(found)
+    assert len(told) == 2 and told[1].endswith("parent 2 -") and "SRC " in told[0]
+    assert "losses" not in btx(parents[0], parents[1], verify=True).manifest["verdicts"]
 
 
 def test_trunk_is_read_as_it_will_be_written(btx, parents):

@@ -20,7 +20,7 @@ from ..errors import BadInput, UsageProblem
 from . import gguf_quants
 from .base import Checkpoint
 from .gguf_config import build_config, build_generation_config, pick_family
-from .gguf_header import GGUFTensor, read_header
+from .gguf_header import GGUFHeader, GGUFTensor, read_header
 from .gguf_names import Family, Place, rope_order
 from .tensor import FLOATS, NUMPY_DTYPES, Companion, Extent, TensorInfo
 
@@ -56,7 +56,20 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: str | os.PathLike[str], *, dtype: str | None = None, ref: str | None = None):
         self.root = Path(path)
         self.ref = ref or str(path)
-        self._header = header = read_header(self.root)
+        header = read_header(self.root)
+        self._fd = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
+        self._lay_out(header, dtype)
+
+    def _lay_out(self, header: GGUFHeader, dtype: str | None = None) -> None:
+        """Find config and tensors in the header; closes what is open when it cannot."""
+        try:
+            self._place(header, dtype)
+        except BaseException:
+            self.close()
+            raise
+
+    def _place(self, header: GGUFHeader, dtype: str | None) -> None:
+        self._header = header
         if header.metadata.get("split.count", 1) != 1:
             raise BadInput(
                 f"{self.ref}: one of {header.metadata['split.count']} parts of a GGUF file; join them with llama-gguf-split --merge"
@@ -72,14 +85,9 @@ class GGUFCheckpoint(Checkpoint):
         self.dtype = dtype or (stored.pop() if len(stored) == 1 else None) or "BF16"
         if self.dtype not in FLOATS - {"F64"}:
             raise UsageProblem(f"{self.ref}: dtype {dtype!r}; a GGUF file is read as F32, F16 or BF16")
-        self._fd = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            family = pick_family(header.metadata, self.ref)
-            self.config = build_config(family, header.metadata, named, self._plain(factors), self.dtype, self.ref)
-            self._sources = self._locate(family, named)
-        except BaseException:
-            self.close()
-            raise
+        family = pick_family(header.metadata, self.ref)
+        self.config = build_config(family, header.metadata, named, self._plain(factors), self.dtype, self.ref)
+        self._sources = self._locate(family, named)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, self.dtype, source.shape) for name, source in self._sources.items()
         }
@@ -159,8 +167,17 @@ class GGUFCheckpoint(Checkpoint):
         source = self._sources.get(name)
         if source is None or source.order is not None or gguf_quants.PLAIN.get(source.tensor.kind) != self.dtype:
             return None
+        return Extent(self._local(), source.offset, source.shape[0] * source.row_bytes)
+
+    def _local(self) -> Path:
+        """Where the file lies."""
         assert self.root is not None
-        return Extent(self.root, source.offset, source.shape[0] * source.row_bytes)
+        return self.root
+
+    def _version(self) -> str:
+        """What tells this file from another with the same header."""
+        stat = self._local().stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def companions(self) -> Sequence[Companion]:
         from .gguf_tokenizer import build_tokenizer, encode
@@ -170,9 +187,8 @@ class GGUFCheckpoint(Checkpoint):
         return [Companion(name, data=data) for name, data in sorted(files.items())]
 
     def provenance(self) -> dict[str, Any]:
-        assert self.root is not None
-        meta, stat = self._header.metadata, self.root.stat()
-        seen = f"{self._header.digest} {stat.st_size} {stat.st_mtime_ns} {self.dtype}"
+        meta = self._header.metadata
+        seen = f"{self._header.digest} {self._version()} {self.dtype}"
         digest = "sha256:" + hashlib.sha256(seen.encode()).hexdigest()
         found: dict[str, Any] = {
             "ref": self.ref,

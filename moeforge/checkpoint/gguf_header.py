@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from ..errors import BadInput
+from ..errors import BadInput, one_line
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_LENGTH = struct.Struct("<Q")
-_TYPE = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +44,30 @@ class GGUFHeader:
     digest: str
 
 
+class Truncated(ValueError):
+    """The bytes end within the header."""
+
+
 class _Cursor:
     """Bounds-checked walk through the header's bytes."""
 
-    def __init__(self, data: mmap.mmap):
+    def __init__(self, data: bytes | mmap.mmap):
         self.data, self.at, self.end = data, 0, len(data)
 
     def scalar(self, code: str) -> Any:
-        value = struct.unpack_from("<" + code, self.data, self.at)[0]
+        try:
+            value = struct.unpack_from("<" + code, self.data, self.at)[0]
+        except struct.error as error:
+            raise Truncated("the file ends within its header") from error
         self.at += struct.calcsize("<" + code)
         return value
 
     def text(self) -> str:
-        start = self.at + 8
-        stop = start + _LENGTH.unpack_from(self.data, self.at)[0]
+        at = self.at
+        start = at + 8
+        stop = start + self.scalar("Q")
         if stop > self.end:
-            raise ValueError(f"a text at byte {self.at} runs beyond the end of the file")
+            raise Truncated(f"a text at byte {at} runs beyond the end of the file")
         self.at = stop
         return self.data[start:stop].decode("utf-8")
 
@@ -74,7 +80,7 @@ class _Cursor:
             raise ValueError(f"unknown metadata type {kind} at byte {self.at}")
         inner, count = self.scalar("I"), self.scalar("Q")
         if count > self.end - self.at:  # every element takes at least a byte
-            raise ValueError(f"an array of {count} at byte {self.at} runs beyond the end of the file")
+            raise Truncated(f"an array of {count} at byte {self.at} runs beyond the end of the file")
         if inner not in _SCALARS:
             if inner == _ARRAY:
                 raise ValueError(f"nested array at byte {self.at}")
@@ -82,7 +88,7 @@ class _Cursor:
         dtype = np.dtype("<" + _SCALARS[inner])
         stop = self.at + count * dtype.itemsize
         if stop > self.end:
-            raise ValueError(f"an array of {count} at byte {self.at} runs beyond the end of the file")
+            raise Truncated(f"an array of {count} at byte {self.at} runs beyond the end of the file")
         values = np.frombuffer(self.data[self.at : stop], dtype)
         self.at = stop
         return values
@@ -97,15 +103,32 @@ def read_header(path: Path) -> GGUFHeader:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if file.read(4) != b"GGUF":
-                raise BadInput(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+            if not size:
+                raise BadInput(f"{path}: an empty file; fetch it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(data), size)
-    except (struct.error, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        reason = "the file ends within its header" if isinstance(error, struct.error) else str(error)
-        raise BadInput(f"{path}: damaged GGUF file: {reason}; fetch it again") from error
+                return parse_header(data, size, str(path))
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def parse_header(data: bytes | mmap.mmap, size: int, where: str) -> GGUFHeader:
+    """The header at the start of `data`, which are the first bytes of a file of `size` bytes.
+
+    Args:
+        where: names the file in messages.
+
+    Raises:
+        Truncated: the header is longer than `data`, and the file than both.
+        BadInput: see :func:`read_header`.
+    """
+    if data[:4] != b"GGUF":
+        raise BadInput(f"{where}: not a GGUF file (it does not begin with 'GGUF')")
+    try:
+        return _parse(_Cursor(data), size)
+    except ValueError as error:  # UnicodeDecodeError is a ValueError
+        if isinstance(error, Truncated) and len(data) < size:
+            raise
+        raise BadInput(f"{where}: damaged GGUF file: {one_line(error)[:500]}; fetch it again") from error
 
 
 def _parse(cursor: _Cursor, size: int) -> GGUFHeader:

@@ -17,7 +17,7 @@ from ..errors import BadInput, MachineLacks
 from .base import Checkpoint
 from .companions import CONFIG
 from .directory import open_directory
-from .index import Weights, choose_weights, read_index
+from .index import Weights, choose_weights, lone_gguf, read_index
 from .safetensors import LENGTH_BYTES, Header, header_length, parse_header, parse_json, read_header
 from .sharded import COMPANIONS, ShardedCheckpoint, is_companion
 from .tensor import Companion
@@ -86,11 +86,17 @@ def _of_network(error: Exception) -> bool:
 
 
 def open_hub(
-    name: str, revision: str | None, *, allow_pickle: bool, open_adapter: Callable[[Path, str, str], Checkpoint]
+    name: str,
+    revision: str | None,
+    *,
+    file: str | None = None,
+    allow_pickle: bool,
+    open_adapter: Callable[[Path, str, str], Checkpoint],
 ) -> Checkpoint:
     """The checkpoint `name` (`org/name`) at `revision` (default: the main branch).
 
     Args:
+        file: the GGUF file that is meant.
         open_adapter: opens a downloaded adapter directory.
 
     Raises:
@@ -102,14 +108,18 @@ def open_hub(
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    ref = f"{name}@{revision}" if revision else name
+    ref = "/".join(filter(None, (name, file))) + (f"@{revision}" if revision else "")
     try:
         with hub_errors(ref):
             info = HfApi().model_info(name, revision=revision)
     except MachineLacks:
-        snapshot = _cached_snapshot(name, revision)
+        snapshot = _cached_snapshot(name, revision, file)
         if snapshot is None:
             raise
+        if file is not None:
+            from .hub_gguf import HubGGUF
+
+            return HubGGUF(ref, name, snapshot.name, file, None)
         if (snapshot / ADAPTER).exists() and not (snapshot / CONFIG).exists():
             return open_adapter(snapshot, ref, snapshot.name)
         return open_directory(snapshot, ref=ref, revision=snapshot.name, allow_pickle=allow_pickle)
@@ -128,22 +138,67 @@ def open_hub(
 
     if ADAPTER in files and CONFIG not in files:
         return open_adapter(download("adapter_*"), ref, commit)
-    weights = choose_weights(files, ref, allow_pickle)
+    licence = getattr(info.card_data, "license", None)
+    licence = licence if isinstance(licence, str) else None
+    at = f"@{revision}" if revision else ""
+    gguf = file or (lone_gguf(files) if CONFIG not in files else None)
+    if gguf is not None:
+        from .hub_gguf import HubGGUF
+
+        ref = f"{name}/{gguf}{at}"
+        if gguf not in files:
+            raise BadInput(f"{ref}: the repository has no such file")
+        return HubGGUF(ref, name, commit, gguf, licence)
+    weights = choose_weights(files, ref, allow_pickle, lambda file: f"{name}/{file}{at}")
     if weights.pickled:
         snapshot = download(CONFIG, "pytorch_model*.bin", "pytorch_model.bin.index.json")
         return open_directory(snapshot, ref=ref, revision=commit, allow_pickle=True)
-    licence = getattr(info.card_data, "license", None)
-    return HubCheckpoint(ref, name, commit, files, weights, licence if isinstance(licence, str) else None)
+    return HubCheckpoint(ref, name, commit, files, weights, licence)
 
 
-def _cached_snapshot(name: str, revision: str | None) -> Path | None:
+def _cached_snapshot(name: str, revision: str | None, file: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    for file in (CONFIG, ADAPTER):
-        found = try_to_load_from_cache(name, file, revision=revision)
+    for held in (file,) if file else (CONFIG, ADAPTER):
+        found = try_to_load_from_cache(name, held, revision=revision)
         if isinstance(found, str):
-            return Path(found).parent
+            return Path(found).parents[held.count("/")]
     return None
+
+
+def read_range(name: str, file: str, commit: str, start: int, count: int, where: str) -> tuple[bytes, int]:
+    """At most `count` bytes of a repository's file from byte `start`, and the file's size.
+
+    Raises:
+        BadInput, MachineLacks: it cannot be had.
+    """
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+    data, skip = bytearray(), 0
+    with (
+        hub_errors(where),
+        get_session().stream("GET", hf_hub_url(name, file, revision=commit), headers=headers, follow_redirects=True,
+                             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
+    ):  # fmt: skip
+        if response.status_code == 416:  # an empty file has no first byte
+            return b"", 0
+        if response.status_code >= 400:
+            response.read()
+        hf_raise_for_status(response)
+        # a server that ignores the range sends the whole file: stop after what was asked for
+        skip = start if response.status_code == 200 else 0
+        for piece in response.iter_bytes():
+            data += piece
+            if len(data) >= skip + count:
+                break
+        total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get(
+            "Content-Length", ""
+        )
+    if not total.isdigit():
+        raise BadInput(f"{where}: the Hub does not say how large it is")
+    return bytes(data[skip : skip + count]), int(total)
 
 
 class HubCheckpoint(ShardedCheckpoint):
@@ -177,42 +232,13 @@ class HubCheckpoint(ShardedCheckpoint):
         cached = try_to_load_from_cache(self._name, file, revision=self._commit)
         if isinstance(cached, str):
             return read_header(Path(cached), where)
-        start, size = self._first_bytes(file, FIRST_REQUEST)
+        start, size = read_range(self._name, file, self._commit, 0, FIRST_REQUEST, where)
         whole = LENGTH_BYTES + header_length(start, size, where)
         if whole > len(start):
-            start, size = self._first_bytes(file, whole)
+            start, size = read_range(self._name, file, self._commit, 0, whole, where)
         if whole > len(start):
             raise BadInput(f"{where}: the Hub sent {len(start)} of the header's {whole} bytes; try again")
         return parse_header(start[:whole], size, where)
-
-    def _first_bytes(self, file: str, count: int) -> tuple[bytes, int]:
-        """At most `count` bytes from the start of a file, and the file's size."""
-        from huggingface_hub import constants, get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
-
-        headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
-        url = hf_hub_url(self._name, file, revision=self._commit)
-        data = bytearray()
-        with (
-            hub_errors(f"{self.ref}: {file}"),
-            get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
-        ):  # fmt: skip
-            if response.status_code == 416:  # an empty file has no first byte
-                return b"", 0
-            if response.status_code >= 400:
-                response.read()
-            hf_raise_for_status(response)
-            # a server that ignores the range sends the whole file: stop after what was asked for
-            for piece in response.iter_bytes():
-                data += piece
-                if len(data) >= count:
-                    break
-            total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get(
-                "Content-Length", ""
-            )
-        if not total.isdigit():
-            raise BadInput(f"{self.ref}: {file}: the Hub does not say how large it is")
-        return bytes(data[:count]), int(total)
 
     def companions(self) -> Sequence[Companion]:
         return [Companion(file, path=self._local(file)) for file in sorted(self._names) if is_companion(file)]

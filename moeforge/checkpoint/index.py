@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,13 @@ class Weights:
     pickled: bool = False
 
 
-def choose_weights(names: Collection[str], where: str, allow_pickle: bool = False) -> Weights:
+def choose_weights(
+    names: Collection[str], where: str, allow_pickle: bool = False, spell: Callable[[str], str] | None = None
+) -> Weights:
     """The weights among the file names of a directory or repository, in transformers' order of preference.
+
+    Args:
+        spell: how a user names one of the files; default: `where`/file.
 
     Raises:
         BadInput: there are none, it is not clear which are meant, or they are pickled and that was not allowed.
@@ -49,8 +54,16 @@ def choose_weights(names: Collection[str], where: str, allow_pickle: bool = Fals
             raise BadInput(f"{where}: its weights are pickled ({file}); unpickling can run code that came with the file: get a "
                            "safetensors version, or pass --allow-pickle to read tensors only")  # fmt: skip
     if gguf := sorted(n for n in names if n.endswith(".gguf")):
-        raise BadInput(f"{where}: holds no safetensors, but {gguf[0]}; name that file itself")
+        named = spell(gguf[0]) if spell else f"{where}/{gguf[0]}"
+        raise BadInput(f"{where}: holds no safetensors, but {len(gguf)} GGUF files; name one itself, e.g. {named}")
     raise BadInput(f"{where}: holds no weights ({SINGLE}, {INDEX} or {PICKLE_SINGLE})")
+
+
+def lone_gguf(names: Collection[str]) -> str | None:
+    """The GGUF file of a directory or repository that holds one and no other weights."""
+    found = [name for name in names if name.endswith(".gguf")]
+    others = any(name.endswith((".safetensors", ".bin")) for name in names)
+    return found[0] if len(found) == 1 and not others else None
 
 
 def read_index(data: bytes, where: str, suffix: str = ".safetensors") -> dict[str, str]:

@@ -13,7 +13,7 @@ from .base import Checkpoint
 
 COMPRESSION = "moeforge_compression"
 """The config key of weights that one of our own compression methods wrote; that method reads them as they are stored."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", re.ASCII)
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<file>[^@\s]+\.gguf))?(@(?P<pinned>[^@\s]+))?", re.ASCII)
 
 
 def open_checkpoint(
@@ -29,7 +29,8 @@ def open_checkpoint(
 
     Args:
         ref: a directory in Hugging Face layout, a PEFT adapter directory (merged on the fly into its base), a GGUF file
-            or a directory that holds one and no config.json, or a Hub id `org/name[@revision]`. An existing path wins over a Hub id.
+            or a directory that holds one and no config.json, a Hub id `org/name[@revision]`, or a GGUF file on the Hub,
+            `org/name/file.gguf[@revision]`. An existing path wins over a Hub id.
         revision: branch, tag or commit of a Hub id.
         allow_pickle: read `pytorch_model*.bin`, tensors only.
         dequantize: show a quantised source (GPTQ, AWQ, FP8, bitsandbytes, `moeforge compress`) as plain weights; False
@@ -80,21 +81,28 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
         return MergedAdapter(directory, open_base=open_base, ref=ref, revision=revision)
 
     if path.is_dir():
+        from .directory import Folder, open_directory
+        from .index import lone_gguf
+
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
                 return open_adapter(path, ref)
-            exported = list(path.glob("*.gguf"))
-            if len(exported) == 1:
-                return _open_stored(str(exported[0]), revision, allow_pickle, dequantize)
-        from .directory import open_directory
-
+            folder = Folder(path, ref)
+            if (exported := lone_gguf(folder.names())) is not None:
+                return _open_stored(str(folder.file(exported)), revision, allow_pickle, dequantize)
         return open_directory(path, ref=ref, allow_pickle=allow_pickle)
-    if not _HUB_ID.fullmatch(ref):
-        raise BadInput(f"{ref}: no such file or directory, and not a Hub id (org/name)")
+    named = _HUB_ID.fullmatch(ref)
+    if named is None:
+        raise BadInput(f"{ref}: no such file or directory, and not a Hub id (org/name, org/name/file.gguf)")
     from .hub import open_hub
 
-    name, _, pinned = ref.partition("@")
-    return open_hub(name, pinned or revision, allow_pickle=allow_pickle, open_adapter=open_adapter)
+    return open_hub(
+        named["name"],
+        named["pinned"] or revision,
+        file=named["file"],
+        allow_pickle=allow_pickle,
+        open_adapter=open_adapter,
+    )
 
 
 def _is_gguf(path: Path) -> bool:

@@ -113,13 +113,16 @@ def locate(ref: str) -> Artifact:
             return Artifact(kind, str(path), path)
         return Artifact(manifest["kind"], str(path), path, manifest.get("digest"), manifest.get("verb"), manifest)
     name = ref.partition("@")[0]
-    if name.count("/") == 1 and not ref.startswith((".", "/", "~")) and path.suffix != ".gguf":
-        return Artifact("checkpoint", ref)
+    if not ref.startswith((".", "/", "~")):
+        if name.count("/") == 1 and not name.endswith(".gguf"):
+            return Artifact("checkpoint", ref)
+        if name.count("/") >= 2 and name.endswith(".gguf"):
+            return Artifact("gguf", ref)
     if os.path.exists(f"{path}.partial"):
         raise BadInput(
             f"{ref} is unfinished ({path.name}.partial is there): run the command that writes it again, it resumes"
         )
-    raise BadInput(f"{ref}: no such file or directory, and not a Hub id (org/name)")
+    raise BadInput(f"{ref}: no such file or directory, and not a Hub id (org/name, org/name/file.gguf)")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -65,14 +65,14 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """The table's family for this checkpoint, with every setting that llama.cpp hard-codes checked.
 
     Raises:
-        BadInput: llama.cpp has no such architecture, or computes something else; names the key and value.
+        BadInput: moeforge does not write this architecture, or llama.cpp computes something else; names the key and value.
     """
     config, ref = checkpoint.config, checkpoint.ref
     known = {family.model_type: family for family in families()}
     family = known.get(config.get("model_type", ""))
     if family is None:
-        raise BadInput(f"{ref}: model_type = {config.get('model_type')!r} has no GGUF architecture in llama.cpp that computes it; "
-                       f"exported are {', '.join(known)}")  # fmt: skip
+        raise BadInput(f"{ref}: model_type = {config.get('model_type')!r} is not an architecture that moeforge writes as GGUF (written are "
+                       f"{', '.join(known)}); llama.cpp's own converter (convert_hf_to_gguf.py) may, from the output of --to hf")  # fmt: skip
     for key, rule in family.fixed.items():
         found = config.get(key, rule["absent"])
         if (found or False) != (rule["value"] or False):  # None and [] both say no

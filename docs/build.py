@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from moeforge import registry
-from moeforge.cli import COMMON, Verb
 from moeforge.errors import ExitCode
+from moeforge.launch import OF_STAGES, Common
 from moeforge.options import Bytes, Spec, format_bytes, specs
+from moeforge.verb import Verb
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = Path("docs")
 MARK = "<!-- Written by docs/build.py from the classes in plugins/; change those, then run it. -->\n\n"
 KINDS = {int: "whole number", float: "number", str: "text", Path: "path", Bytes: "size, such as `500MB` or `4GiB`"}
+OPTION_HEAD = ("option", "value", "default", "what it does")
 
 
 def pages() -> dict[Path, str]:
@@ -85,9 +87,7 @@ def arguments(verb: Verb) -> str:
         ]
     else:
         rows = [(name, "a directory, a GGUF file or a Hub id") for name in ("A", "B")]
-    rows += [
-        (spec.meta.get("metavar") or spec.name.upper().replace("_", "-"), spec.meta["help"]) for spec in verb.positional
-    ]
+    rows += [(spec.metavar, spec.meta["help"]) for spec in verb.positional]
     return rows_table(("argument", "what it is"), [(f"`{name}`", text) for name, text in rows])
 
 
@@ -105,12 +105,12 @@ def options_table(fields: list[Spec]) -> str:
     if not fields:
         return "It has none of its own."
     rows = [(names(spec), value(spec), default(spec), what(spec)) for spec in fields]
-    return rows_table(("option", "value", "default", "what it does"), rows)
+    return rows_table(OPTION_HEAD, rows)
 
 
-def names(spec: Spec) -> str:
+def names(spec: Spec, pair: bool = True) -> str:
     short = f"`{spec.meta['short']}`, " if spec.meta.get("short") else ""
-    off = f" `--no-{spec.flag[2:]}`" if spec.type is bool else ""
+    off = f" `--no-{spec.flag[2:]}`" if spec.type is bool and pair else ""
     return f"{short}`{spec.flag}`{off}"
 
 
@@ -153,12 +153,12 @@ def what(spec: Spec) -> str:
 
 
 def common_table(verb: Verb) -> str:
-    """What the command line itself adds to every verb: here click's own declarations are the source."""
-    own = {spec.name for spec in specs(verb.stage.Options)}
-    shown = [p for p in verb.params if p.name in COMMON and p.name not in own and p.name != "method"]
-    return rows_table(
-        ("option", "what it does"), [(" ".join(f"`{name}`" for name in p.opts), p.help or "") for p in shown]
-    )
+    """What the command line itself adds to every verb."""
+    left_out = {"method"} if verb.is_stage else OF_STAGES
+    place = {"output": f"`$MOEFORGE_HOME/artifacts/{verb.name}-KEY`"}
+    shown = [spec for spec in specs(Common) if spec.name not in left_out]
+    rows = [(names(s, pair=False), value(s), place.get(s.name) or default(s), what(s)) for s in shown]
+    return rows_table(OPTION_HEAD, rows)
 
 
 def exit_codes() -> str:

@@ -392,6 +392,7 @@ def _route(
 
 
 _NAME = "([^/]+/[^/]+)"
+_DATASET = "(datasets/[^/]+/[^/]+)"
 _ROUTES = (
     _route("POST", "/api/repos/create", _Handler.create),
     _route("GET", "/api/whoami-v2", _Handler.whoami),
@@ -411,4 +412,8 @@ _ROUTES = (
     _route("POST", "/lfs/([0-9a-f]{64})", _Handler.lfs_complete),
     _route("GET HEAD", "/cdn/([0-9a-f]{64})", _Handler.cdn),
     _route("GET HEAD", f"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    # datasets are read only; `HubServer.put("datasets/org/name", ...)` fills one
+    _route("GET", f"/api/{_DATASET}/revision/([^/]+)", _Handler.info),
+    _route("GET", f"/api/{_DATASET}", _Handler.info),
+    _route("GET HEAD", f"/{_DATASET}/resolve/([^/]+)/(.+)", _Handler.resolve),
 )

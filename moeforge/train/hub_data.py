@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from ..checkpoint.hub import hub_errors
 from ..errors import BadInput, MachineLacks
+from ..texts import PREFIX as BUILTIN
+from .data import TEXT, split_weight
 
 PREFIX = "hub:"
 SUFFIXES = (".jsonl", ".parquet")
@@ -42,19 +44,19 @@ def parse(spec: str) -> Dataset | None:
     """The dataset that `hub:org/name[@revision][:split]` names (the prefix may be left out); None for anything else."""
     found = _SPEC.fullmatch(spec.removeprefix(PREFIX))
     # a file that is not there is not to be looked for on the Hub
-    if found is None or (
-        not spec.startswith(PREFIX) and found["name"].endswith((*SUFFIXES, ".txt", ".md", ".rst", ".py"))
-    ):
+    if found is None or (not spec.startswith(PREFIX) and found["name"].endswith((*SUFFIXES, *TEXT))):
         return None
     return Dataset(found["name"], found["revision"], found["split"])
 
 
 def pinned(spec: str) -> str:
-    """A source with the commit that it means now; sources that are not on the Hub stay as they are."""
-    if spec.startswith("builtin:") or Path(spec).expanduser().exists() or (dataset := parse(spec)) is None:
+    """A source (and its weight) with the commit that it means now; sources that are not on the Hub stay as they are."""
+    source, weight = split_weight(spec)
+    dataset = None if source.startswith(BUILTIN) or Path(source).expanduser().exists() else parse(source)
+    if dataset is None:
         return spec
     commit, _ = _listed(dataset.name, dataset.revision)
-    return PREFIX + str(Dataset(dataset.name, commit, dataset.split))
+    return f"{PREFIX}{Dataset(dataset.name, commit, dataset.split)}" + ("" if weight is None else f"={weight:g}")
 
 
 def files(dataset: Dataset) -> list[tuple[Path, str]]:
@@ -103,16 +105,32 @@ def _split_words(name: str) -> set[str]:
 @cache
 def _listed(name: str, revision: str | None) -> tuple[str, tuple[str, ...]]:
     """Commit and file names. Asked once a process, so that plan and run mean one commit."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     what = f"--data {Dataset(name, revision)}"
     try:
         with hub_errors(what):
             info = HfApi().dataset_info(name, revision=revision)
     except MachineLacks:
-        with hub_errors(what):
-            root = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+        root = _cached(name, revision)
+        if root is None:
+            raise
         return root.name, tuple(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     if info.sha is None:
         raise BadInput(f"{what}: the Hub names no commit for it")
     return info.sha, tuple(sibling.rfilename for sibling in info.siblings or ())
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The newest snapshot of a dataset in the Hub's cache. Only commits can be told apart there: files are asked for by
+    commit, so the cache knows no branches of them."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return None
+    held = [found for repo in repos if (repo.repo_type, repo.repo_id) == ("dataset", name)
+            for found in repo.revisions if revision in (None, found.commit_hash, *found.refs)]  # fmt: skip
+    newest = max(held, key=lambda found: found.last_modified, default=None)
+    return None if newest is None else newest.snapshot_path

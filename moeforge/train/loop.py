@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, GateRefused, Interrupted, ReaderGone
+from ..options import format_bytes
 from .losses import router_losses, token_loss_sum
 from .metrics import Load, Metrics
 from .packing import Cursor, Packer, Row
-from .params import Choice, Masters, make_optimizer
+from .params import Choice, Masters, Optimizer, make_optimizer
 from .routing import Site, Watch, watch
 from .schedule import Schedule, rate
 from .state import load_state, save_state
@@ -32,6 +35,7 @@ class Settings:
     """Forward passes before each update; the gradient is that of the mean over all their tokens."""
     budget: Literal["steps", "tokens", "minutes"] = "steps"
     amount: float = 100
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-4
     router_scale: float = 1.0
     weight_decay: float = 0.1
@@ -84,6 +88,14 @@ class Totals:
     loss: float = 0.0
     balance: float = 0.0
     z: float = 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far: of the accelerator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True)
@@ -198,7 +210,7 @@ class Loop:
         self.device = next(model.parameters()).device
         self.masters = Masters(choice.params, precise)
         self.named = self.masters.named
-        self.optimizer = make_optimizer(choice, self.masters, rate=settings.learning_rate,
+        self.optimizer = make_optimizer(choice, self.masters, kind=settings.optimizer, rate=settings.learning_rate,
                                         router_scale=settings.router_scale, weight_decay=settings.weight_decay)  # fmt: skip
         self.step = self.tokens = self._resumed_tokens = 0
         self._resumed_seconds = 0.0
@@ -228,7 +240,7 @@ class Loop:
                     record = self._update()
                     metrics.add({"event": "step", "step": self.step, **record})
                     random = torch.get_rng_state()
-                    progress.advance(self.spent - before, f"loss {record['loss']:.4f}, {self.speed:.0f} tokens/s")
+                    progress.advance(self.spent - before, self._note(record["loss"]))
                 except (Interrupted, ReaderGone):
                     # stopped between two forward passes: the half step is thrown away and done again
                     torch.set_rng_state(random)
@@ -251,6 +263,10 @@ class Loop:
     def speed(self) -> float:
         """Tokens a second in this life of the run."""
         return (self.tokens - self._resumed_tokens) / max(self._elapsed() - self._resumed_seconds, 1e-9)
+
+    def _note(self, loss: float) -> str:
+        """What stands behind the progress bar."""
+        return f"loss {loss:.4f}, {self.speed:.0f} tokens/s, peak {format_bytes(peak_memory(self.device))}"
 
     def _update(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics."""

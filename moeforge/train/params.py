@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from ..errors import UsageProblem
 from .routing import Site
 
 GROUPS = ("all", "experts", "routers")
+Optimizer = Literal["adamw", "adamw-8bit"]
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ def _hand_over(master: torch.Tensor, param: torch.Tensor) -> None:
     param.grad = None
 
 
-def make_optimizer(choice: Choice, masters: Masters, *, rate: float, router_scale: float, weight_decay: float,
-                   betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:  # fmt: skip
-    """AdamW (arXiv:1711.05101), fused. Norms and biases do not decay; routers learn at `rate * router_scale`. Each group
+def make_optimizer(choice: Choice, masters: Masters, *, kind: Optimizer = "adamw", rate: float, router_scale: float,
+                   weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW (arXiv:1711.05101): torch's fused one, or bitsandbytes' with moments of 8 bits (arXiv:2110.02861), which keeps
+    those of small parameters in float32. Norms and biases do not decay; routers learn at `rate * router_scale`. Each group
     holds `names` beside its `params`, and as `peak` its rate before the schedule."""
     groups: dict[tuple[bool, bool], dict[str, torch.Tensor]] = {}
     for name, master in masters.named.items():
@@ -109,4 +112,8 @@ def make_optimizer(choice: Choice, masters: Masters, *, rate: float, router_scal
         groups.setdefault((name in choice.routers, decays), {})[name] = master
     table = [{"params": list(members.values()), "names": list(members), "peak": rate * (router_scale if router else 1.0),
               "weight_decay": weight_decay if decays else 0.0} for (router, decays), members in groups.items()]  # fmt: skip
+    if kind == "adamw-8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(table, lr=rate, betas=betas)
     return torch.optim.AdamW(table, lr=rate, betas=betas, fused=True)

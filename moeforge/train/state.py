@@ -32,9 +32,7 @@ def save_state(
     if torch.cuda.is_available():
         body["rng/cuda"] = torch.cuda.get_rng_state()
     half = path.with_name(path.name + ".half")
-    save_file(
-        {k: v.detach().contiguous() for k, v in body.items()}, half, {META: json.dumps({**meta, "scalars": scalars})}
-    )
+    save_file(_apart(body), half, {META: json.dumps({**meta, "scalars": scalars})})
     with open(half, "rb") as file:
         os.fsync(file.fileno())
     os.replace(half, path)
@@ -77,6 +75,19 @@ def load_state(path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.op
         if "rng/cuda" in keys and torch.cuda.is_available():
             torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))
     return meta
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """No two in one piece of memory, which safetensors refuses: 8-bit optimizers share a table of levels."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        held = tensor.detach().contiguous()
+        if held.numel() and held.data_ptr() in seen:
+            held = held.clone()
+        seen.add(held.data_ptr())
+        apart[name] = held
+    return apart
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:

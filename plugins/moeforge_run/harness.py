@@ -18,7 +18,9 @@ def check_installed() -> None:
     MachineLacks: the harness is not installed; says how to get it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise MachineLacks("--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'lm-eval[hf]'")
+        raise MachineLacks(
+            "--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'moeforge[lm-eval]'"
+        )
 
 
 def run_tasks(checkpoint: Checkpoint, options: Any, ctx: Context) -> dict[str, dict[str, float]]:

@@ -21,7 +21,8 @@ from moeforge.report.plots import plot_load, plot_loss
 from moeforge.train.data import Pool
 from moeforge.train.encoding import Encoder
 from moeforge.train.export import trained_ops
-from moeforge.train.loop import Loop, Result, Settings, borders_hold, save_memory
+from moeforge.train.hub_data import pinned
+from moeforge.train.loop import Loop, Result, Settings, borders_hold, peak_memory, save_memory
 from moeforge.train.packing import Packer
 from moeforge.train.params import choose
 from moeforge.train.routing import find_sites
@@ -89,7 +90,7 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
     budget, amount = options.budget
     settings = Settings(
         rows=options.batch_size, accumulate=options.accumulate, budget=budget, amount=amount,
-        learning_rate=options.learning_rate, router_scale=options.router_scale, weight_decay=options.weight_decay,
+        optimizer=options.optimizer, learning_rate=options.learning_rate, router_scale=options.router_scale, weight_decay=options.weight_decay,
         schedule=options.schedule, warmup=options.warmup, clip=options.clip, balance=options.balance, z=options.z_loss,
         evaluate_every=options.evaluate_every, save_every=options.save_every,
     )  # fmt: skip
@@ -149,9 +150,10 @@ def report(job: Job, plan: Plan, source: Checkpoint, loop: Loop, result: Result,
         "parameters_total": plan.facts["parameters_total"], "parameters_trained": loop.choice.size,
         "steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2),
         "tokens_per_second": round(result.tokens_per_second, 1),
+        "data": [pinned(spec) for spec in job.options.data],
     }  # fmt: skip
     if loop.device.type == "cuda":
-        counts["peak_device_bytes"] = torch.cuda.max_memory_allocated(loop.device)
+        counts["peak_device_bytes"] = peak_memory(loop.device)
     notes = [f"{result.steps} steps, {result.tokens:,} tokens, {result.tokens_per_second:.0f} tokens/s"]
     held = result.metrics.of("held_out")
     verdicts: dict[str, Any] = {}

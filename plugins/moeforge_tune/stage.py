@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from moeforge.checkpoint.tensor import FLOATS
-from moeforge.errors import BadInput, UsageProblem
+from moeforge.errors import BadInput, MachineLacks, UsageProblem
 from moeforge.options import opt
 from moeforge.pipeline.artifact import Artifact, Plan
 from moeforge.pipeline.stage import Bound, Written
@@ -37,6 +38,9 @@ class Options:
     sequence_length: int = opt("slots in a row of packed documents", default=1024, min=8, unit="tokens")
     batch_size: int = opt("rows in one forward pass", default=4, min=1)
     accumulate: int = opt("forward passes before each update", default=1, min=1)
+    optimizer: Literal["adamw", "adamw-8bit"] = opt(
+        "AdamW, or bitsandbytes' with moments of 8 bits: a quarter of the optimizer's memory", default="adamw"
+    )
     learning_rate: float = opt("peak learning rate of AdamW", default=5e-5, min=0)
     router_scale: float = opt("routers learn at this multiple of the learning rate", default=1.0, min=0)
     schedule: Literal["cosine", "constant", "wsd"] = opt(
@@ -75,6 +79,11 @@ class Options:
             if (amount := getattr(self, name)) is not None:
                 return name, amount
         return "steps", self.steps or 200
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of both moments of one parameter."""
+        return 2 if self.optimizer == "adamw-8bit" else 8
 
     @property
     def tokens_a_step(self) -> int:
@@ -139,6 +148,9 @@ def refuse(source: Checkpoint) -> None:
 def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     from moeforge.train.estimate import count_selected, peak_memory
 
+    if options.optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineLacks("--optimizer adamw-8bit needs bitsandbytes, which is not installed here: pip install bitsandbytes, "
+                           "or use --optimizer adamw")  # fmt: skip
     train, held = hold_out_pools(find_pools(options.data), options.held_out, options.seed)
     documents = [document for pool in train for document in pool.documents]
     total = sum(info.size for info in source.tensors.values())
@@ -160,7 +172,7 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     facts = {
         "parameters_total": total,
         "parameters_trained": trained if trained is not None else f"those that match {options.train}",
-        "optimizer_bytes": None if trained is None else 8 * trained,
+        "optimizer_bytes": None if trained is None else options.moment_bytes * trained,
         "tokens": tokens,
         "tokens_a_step": per_step,
         "budget": f"{amount:g} {budget}",
@@ -177,6 +189,7 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
             rows=options.batch_size,
             tokens=options.sequence_length * options.batch_size,
             checkpointing=options.gradient_checkpointing,
+            moments=options.moment_bytes,
         ),
     }
     what = options.train if trained is None else f"{trained:,} of {total:,} parameters"

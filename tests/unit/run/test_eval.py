@@ -189,7 +189,7 @@ def test_models_that_cut_text_into_other_tokens_are_not_compared(answer, saved, 
 def test_lm_eval_is_asked_for_by_name_when_it_is_missing(answer, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
-    with pytest.raises(MachineLacks, match=r"pip install 'lm-eval\[hf\]'"):
+    with pytest.raises(MachineLacks, match=r"pip install 'moeforge\[lm-eval\]'"):
         answer(saved[1], lm_eval=("hellaswag",))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -61,9 +62,9 @@ def bar(title, total, unit):
 
 
 def make(tiny, directory, family="mixtral", *, shared=True, select="all", held=True, dtype=torch.float32, keep=True, check=None,
-         length=16, precise=None, **settings):  # fmt: skip
+         length=16, precise=None, wide=None, **settings):  # fmt: skip
     directory.mkdir(exist_ok=True)
-    model = tiny(family).to(dtype)
+    model = tiny(family, **(wide or {})).to(dtype)
     sites = find_sites(model)
     choice = choose(model, sites, select)
     pools, encode = corpus()
@@ -203,6 +204,35 @@ def test_stopped_anywhere_and_continued_the_bits_are_the_same(tiny, tmp_path, sa
     ]
 
 
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
+"""Experts of more than the 4096 values from which on moments are stored in 8 bits."""
+
+
+def test_moments_of_8_bits_survive_a_stop_bit_for_bit(tiny, tmp_path):
+    options = {"wide": WIDE, "optimizer": "adamw-8bit", "save_every": 2}
+    whole = make(tiny, tmp_path / "whole", **options)
+    whole.run(bar)
+    part = make(tiny, tmp_path / "part", **options, check=Stop(9))
+    with pytest.raises(Interrupted):
+        part.run(bar)
+    again = make(tiny, tmp_path / "part", **options)
+    again.run(bar)
+    assert same(weights(whole), weights(again))
+    states = [state for state in again.optimizer.state.values() if state["state1"].dtype == torch.uint8]
+    assert len(states) > 4
+
+
+def test_moments_of_8_bits_learn_as_those_of_32(tiny, tmp_path):
+    full, short = (
+        make(tiny, tmp_path / kind, wide=WIDE, amount=20, optimizer=kind).run(bar).metrics.of("step")
+        for kind in ("adamw", "adamw-8bit")
+    )
+    fallen = full[0]["loss"] - full[-1]["loss"]
+    assert fallen > 0.2
+    assert short[0]["loss"] == full[0]["loss"]
+    assert short[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.1 * fallen)
+
+
 def test_killed_between_saves_the_bits_are_the_same(tiny, tmp_path):
     """As after kill -9: the state is older than metrics.jsonl, which also has a torn last line."""
     whole = make(tiny, tmp_path / "whole")
@@ -259,6 +289,24 @@ def test_a_loss_that_is_no_number_stops_with_advice(tiny, tmp_path, value):
         loop.model.lm_head.weight[5, 3] = value
     with pytest.raises(GateRefused, match=r"at step 1; .*--learning-rate"):
         loop.run(bar)
+
+
+def test_the_bar_tells_loss_speed_and_memory(tiny, tmp_path):
+    told = []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def advance(self, amount, note):
+            told.append(note)
+
+    make(tiny, tmp_path, amount=2).run(lambda *_: Bar())
+    assert len(told) == 2
+    assert all(re.fullmatch(r"loss \d\.\d{4}, \d+ tokens/s, peak [\d.]+ [MG]B", note) for note in told), told
 
 
 def test_budgets(tiny, tmp_path):

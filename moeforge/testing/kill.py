@@ -1,6 +1,7 @@
-"""Kill a command without warning at random moments, run it again, and compare the bytes.
+"""Stop a command at random moments, run it again, and compare the bytes: killed without warning, or by Ctrl-C.
 
 python -m moeforge.testing.kill --times 20 -- upcycle smol.gguf --experts 8 -o out
+python -m moeforge.testing.kill --times 20 --signal int -- tune out --data text.jsonl --save-every 2 -o tuned
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ExitCode
 from ..pipeline.workspace import JOURNAL
 from .command import environment, moeforge_argv
 
@@ -27,7 +29,7 @@ class Kill:
 
     after_s: float
     died: bool
-    """False when the run had already finished."""
+    """False when the run had already finished, or finished all the same (Ctrl-C after its last safe point)."""
     whole_too_early: bool
     """An output directory was there although the run had been killed before it finished: must never be."""
     resumed: bool
@@ -44,10 +46,17 @@ def timed(argv: Sequence[str], env: dict[str, str]) -> tuple[float, str]:
     return time.monotonic() - started, json.loads(done.stdout.splitlines()[-1])["digest"]
 
 
-def kill_and_resume(words: Sequence[object], output: Path, times: int, seed: int = 0) -> tuple[str, list[Kill]]:
-    """Digest of an undisturbed run of `moeforge WORDS -o OUTPUT`, and what each of `times` killed and repeated runs gave.
+def kill_and_resume(words: Sequence[object], output: Path, times: int, seed: int = 0,
+                    sent: signal.Signals = signal.SIGKILL) -> tuple[str, list[Kill]]:  # fmt: skip
+    """Digest of an undisturbed run of `moeforge WORDS -o OUTPUT`, and what each of `times` stopped and repeated runs gave.
 
     `output` is removed before and after each.
+
+    Args:
+        sent: SIGKILL, or SIGINT as Ctrl-C sends it.
+
+    Raises:
+        AssertionError: a run failed, or ended by the signal with an exit code of its own.
     """
     argv, env = moeforge_argv(*words, "-o", output), environment()
     partial = output.with_name(output.name + ".partial")
@@ -62,12 +71,16 @@ def kill_and_resume(words: Sequence[object], output: Path, times: int, seed: int
     for _ in range(times):
         clear()
         after_s = rng.uniform(0.05, seconds)
-        child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
+        child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env,
                                  stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         time.sleep(after_s)
         if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-        died = child.wait() == -signal.SIGKILL
+            os.killpg(child.pid, sent)
+        _, told = child.communicate()
+        # Python itself dies of a SIGINT that comes before the command has begun
+        if child.returncode not in (0, -sent, ExitCode.INTERRUPTED):
+            raise AssertionError(f"exit {child.returncode} after {sent.name}: {told}")
+        died = child.returncode != 0
         # The rename is the last thing a run does to the disk, so a killed one may only just have finished.
         whole_too_early = died and output.exists() and not (output / "moeforge.json").exists()
         journal = partial / JOURNAL
@@ -82,18 +95,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=("kill", "int"), default="kill")
     parser.add_argument("words", nargs="+", help="-- VERB SRC OPTIONS -o OUTPUT")
     args = parser.parse_args()
     at = args.words.index("-o")
     output = Path(args.words[at + 1]).absolute()
-    expected, kills = kill_and_resume(args.words[:at] + args.words[at + 2 :], output, args.times, args.seed)
+    expected, kills = kill_and_resume(args.words[:at] + args.words[at + 2 :], output, args.times, args.seed,
+                                      signal.SIGKILL if args.signal == "kill" else signal.SIGINT)  # fmt: skip
     for kill in kills:
         same = "same bytes" if kill.digest == expected else f"OTHER BYTES {kill.digest}"
-        print(f"killed after {kill.after_s:5.2f} s{'' if kill.died else ' (had finished)'}"
+        print(f"stopped after {kill.after_s:5.2f} s{'' if kill.died else ' (had finished)'}"
               f"{', resumed' if kill.resumed else ''}: {same}")  # fmt: skip
     bad = [k for k in kills if k.digest != expected or k.whole_too_early]
     print(f"{len(kills) - len(bad)} of {len(kills)} runs ended in the bytes of an undisturbed run; "
-          f"{sum(k.died for k in kills)} were killed, {sum(k.resumed for k in kills)} resumed")  # fmt: skip
+          f"{sum(k.died for k in kills)} were stopped, {sum(k.resumed for k in kills)} resumed")  # fmt: skip
     raise SystemExit(bool(bad))
 
 

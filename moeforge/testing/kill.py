@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ExitCode
-from ..pipeline.workspace import JOURNAL
+from ..pipeline.journal import JOURNAL
 from .command import environment, moeforge_argv
 
 

@@ -29,7 +29,7 @@ from .safetensors import pieces, row_range
 from .shards import MAX_SHARD_BYTES, PT_METADATA, Shard, plan_shards
 from .tensor import SAFETENSORS_DTYPES, TensorInfo
 
-__all__ = ["Shard", "WrittenCheckpoint", "plan_shards", "write_checkpoint"]
+__all__ = ["Shard", "WrittenCheckpoint", "op_memory", "plan_shards", "write_checkpoint"]
 
 MAX_MEMORY = 256_000_000
 PIECE = 1 << 20
@@ -265,7 +265,7 @@ class _Run:
         self.check()
         if not any(info.name in self._targets for info in op.outputs):
             return
-        weight = _weight(op)
+        weight = op_memory(op)
         while self._pending and (self._memory + weight > self.max_memory or len(self._pending) >= 4 * self.workers):
             self._collect(syncer)
         self._memory += weight
@@ -397,17 +397,25 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _weight(op: TensorOp) -> int:
-    """Bytes that an op is expected to hold at once."""
-    sizes = [_input_info(source).nbytes for source in op.inputs]
+def op_memory(op: TensorOp) -> int:
+    """Bytes that an op holds at once, a bound that lies near what is measured.
+
+    A copy holds a piece, or some rows where they must be computed. A transform holds what it reads, what it makes (equal
+    outputs are one array) and, of the largest of these matrices, three arrays of four bytes a weight to work on.
+    """
+    infos = [_input_info(source) for source in op.inputs]
+    sizes = [info.nbytes for info in infos]
     if op.compute is None:
+        if op.inputs[0].checkpoint.extent(op.inputs[0].name) is not None:
+            return PIECE
         sizes = [min(sizes[0], _ROWS_BYTES)]
     beside = [source.checkpoint.read_memory(source.name, n) - n for source, n in zip(op.inputs, sizes, strict=True)]
     read = sum(sizes) + max(beside, default=0)
     if op.compute is None:
         return read
-    # twice: transforms work on a wider copy of what they read
-    return max(read, 2 * sum(sizes) + sum(info.nbytes for info in op.outputs))
+    largest = max(info.nbytes for info in op.outputs)
+    made = min(sum(info.nbytes for info in op.outputs), max(sum(sizes), largest))
+    return max(read, sum(sizes) + made + 12 * max((info.size for info in infos), default=op.outputs[0].size))
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def describe_value(name: str, value: Any) -> str:
     """A fact's value: `_bytes` as sizes, `parameters*` with millions, nested tables flat."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {describe_value(str(key), inner)}" for key, inner in value.items())
+        unit = name if name.endswith("_bytes") else ""
+        return ", ".join(f"{key} {describe_value(unit or str(key), inner)}" for key, inner in value.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name.endswith("_bytes") and isinstance(value, int | float):

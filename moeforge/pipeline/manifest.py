@@ -61,6 +61,13 @@ def versions() -> dict[str, str]:
 
 def peak_rss_bytes() -> int:
     """The largest resident size this process has had (Linux reports kilobytes, macOS bytes)."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):  # ru_maxrss also counts the process that started this one
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

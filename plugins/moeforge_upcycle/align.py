@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .calibrate import SAMPLES
 from .recipe import Layer
 
 NEEDS: dict[str, frozenset[str]] = {
@@ -17,6 +18,16 @@ NEEDS: dict[str, frozenset[str]] = {
     "activations": frozenset({"activations"}),
 }
 """Kind -> what calibration must measure first, of every parent on the same tokens."""
+
+
+def work_bytes(kind: str, model_width: int, ffn_width: int) -> int:
+    """Bytes that :func:`align` holds beside the statistics, for one layer."""
+    pairs = 32 * ffn_width**2
+    return {
+        "none": 0,
+        "weights": pairs + 32 * ffn_width * model_width,
+        "activations": pairs + 48 * ffn_width * SAMPLES,
+    }[kind]
 
 
 def align(kind: str, layer: Layer, parent: int, anchor: int = 0) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from moeforge.errors import UsageProblem
 
+from .calibrate import SAMPLES
 from .recipe import Layer, LayerStats
 
 Kind = Literal["contiguous", "random", "kmeans", "activation", "coactivation"]
@@ -26,6 +27,12 @@ NEEDS: dict[str, frozenset[str]] = {
 }
 """Kind -> what calibration must measure first."""
 assert set(NEEDS) == set(get_args(Kind))
+
+
+def work_bytes(kind: str, model_width: int, ffn_width: int) -> int:
+    """Bytes that :func:`partition` and the ranking of neurons hold beside the statistics, for one layer."""
+    arrays = {"kmeans": 68 * model_width, "coactivation": 40 * SAMPLES}
+    return ffn_width * max(arrays.get(kind, 0), 24 * model_width)
 
 
 def partition(

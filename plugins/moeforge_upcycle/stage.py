@@ -115,7 +115,7 @@ class Upcycle:
                 ops,
                 out.path,
                 max_shard_bytes=job.options.max_shard_size,
-                workers=job.options.workers,
+                workers=memory.workers(job, ops),
                 max_memory=memory.in_flight(job, ops),
                 journal=out.journal,
                 on_bytes=bar.advance,

@@ -80,7 +80,9 @@ class Carve:
         return frozenset(wanted)
 
     def work_bytes(self, model_width: int, ffn_width: int, options: Options) -> int:
-        return partition.work_bytes(options.partition, model_width, ffn_width) + 24 * SAMPLES * (ffn_width + model_width)
+        return partition.work_bytes(options.partition, model_width, ffn_width) + 24 * SAMPLES * (
+            ffn_width + model_width
+        )
 
     def recipe(self, layer: Layer, shape: MixtureShape, stage: Any, options: Options) -> LayerRecipe:
         stats = layer.stats[0]

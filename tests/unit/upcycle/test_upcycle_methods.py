@@ -8,7 +8,7 @@ from moeforge.checkpoint import open_checkpoint
 from moeforge.errors import GateRefused, MoeforgeError
 from moeforge.pipeline.artifact import Artifact
 from moeforge.testing import inprocess
-from moeforge_upcycle import measure, pairs, targets
+from moeforge_upcycle import measure, memory, pairs, targets
 
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 DENSE = {"w1": "model.layers.{}.mlp.gate_proj.weight", "w3": "model.layers.{}.mlp.up_proj.weight", "w2": "model.layers.{}.mlp.down_proj.weight"}  # fmt: skip
@@ -131,7 +131,8 @@ def test_drift_grows_with_the_dose(method, name, values, dense, upcycle):
 )  # fmt: skip
 def test_bytes_depend_on_the_seed_alone(method, options, half, upcycle):
     first = upcycle(half, method, **options)
-    threaded = upcycle(half, method, workers=4, max_memory=1, **options)
+    # so little that no two ops run at once
+    threaded = upcycle(half, method, workers=4, max_memory=memory.PLAIN + 1_000_000, **options)
     assert digests(first) == digests(threaded)
     sharded = upcycle(half, method, workers=3, max_shard_size=60_000, **options)
     assert len(digests(sharded)) > 5

@@ -150,7 +150,7 @@ class Spec:
         if self.type is int and isinstance(value, float) and result != value:
             raise UsageProblem(f"{self.flag} is a whole number, not {value!r}")
         low, high = self.meta.get("min"), self.meta.get("max")
-        if self.type is float and not math.isfinite(result) and result not in (low, high):
+        if isinstance(result, float) and not math.isfinite(result) and result not in (low, high):
             raise UsageProblem(f"{self.flag} {value}: must be a finite number")
         if (low is not None and result < low) or (high is not None and result > high):
             bounds = " and ".join(b for b in (f"at least {low}" if low is not None else "",

@@ -166,7 +166,7 @@ def starting_encoder(checkpoint: Checkpoint, ctx: Context) -> domains.Encode:
     encode = _encode(tokenizer)
     if encode("text")[:1] != tokenizer("text", add_special_tokens=False)["input_ids"][:1]:
         return encode
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         ctx.warn(f"{checkpoint.ref}: its tokenizer has no token to begin a text with, so the first token of every text and "
                  "prompt is not measured")  # fmt: skip

@@ -56,6 +56,9 @@ class Options:
     verify: bool | None = opt(
         "prove from the written files that the function is the same (default: if a layer fits in memory)", default=None
     )
+    bf16_kl: bool = opt(
+        "record the KL divergence when both models run in bfloat16, too; slow on a CPU without bfloat16", default=False
+    )
     allow_inexact: bool = opt("turn reasons why the result cannot be exact into recorded warnings", default=False)
     allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
     dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
@@ -63,5 +66,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.experts is not None and self.top_k > self.experts:
             raise UsageProblem(f"--top-k {self.top_k} is more than --experts {self.experts}")
+        if self.bf16_kl and self.verify is False:
+            raise UsageProblem("--bf16-kl runs both models, which --no-verify forbids; drop one of the two")
         if (self.router_init == "prompts") != (self.prompts is not None):
             raise UsageProblem("--router-init prompts and --prompts FILE go together")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge.checkpoint.architectures import FFN, architecture
@@ -28,6 +29,8 @@ from .options import Options
 if TYPE_CHECKING:
     from moeforge.model.proof import Proof
 
+BF16_TOKENS = 64
+"""Tokens on which `--bf16-kl` compares."""
 WIDENING = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}
 """Conversions of a dtype that keep every value."""
 
@@ -191,12 +194,21 @@ class Upcycle:
             "verified": True,
             "proof": found.summary() if plan.verdicts["exact"] else drift(found),
             "measured": found.as_json(),
+            **({"bf16_kl": bf16_kl(job, out.path, ctx)} if job.options.bf16_kl else {}),
             **(
                 {"losses": losses.by_domain(job, out.path, ctx)}
                 if len(job.parents) > 1 and job.options.calibration
                 else {}
             ),
         }
+
+
+def bf16_kl(job: Job, written: Path, ctx: Context) -> float | None:
+    """Mean KL when both models run in bfloat16, on a few tokens: information, no gate, as rounding alone makes some 1e-4.
+    None where it is not finite."""
+    source = job.parents[0].checkpoint
+    found = proof.prove(source, written, seed=job.options.seed, tokens=BF16_TOKENS, dtype="bfloat16", ctx=ctx)
+    return found.kl if math.isfinite(found.kl) else None
 
 
 def drift(found: Proof) -> str:

@@ -186,7 +186,7 @@ def index(verbs: list[Verb]) -> str:
     others = sorted(path for path in (ROOT / DOCS).glob("*.md") if path.name != "README.md")
     parts = [
         "# Documentation",
-        "New here? The [README](../README.md) shows the pipe.",
+        "New here? The [README](../README.md) shows the pipe, [a notebook](../examples/tutorial.ipynb) walks through it on a real model.",
         "## Verbs",
         rows_table(("verb", "does", "methods"), rows),
         "## Pages",

@@ -8,6 +8,7 @@ from moeforge.errors import BadInput, UsageProblem
 from moeforge.options import build
 from moeforge.pipeline import run as pipeline
 from moeforge.pipeline.artifact import Artifact
+from moeforge.pipeline.journal import JOURNAL
 from moeforge.pipeline.manifest import run_key
 from moeforge_tune.stage import Tune
 
@@ -122,3 +123,14 @@ def test_a_run_that_died_before_its_rename_is_not_made_again(world, join, tmp_pa
     assert join.stage.runs == 1
     assert outcome.artifact.path == tmp_path / "out"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data", "moeforge.json", "notes", "parents"]
+
+
+def test_a_reuse_cleans_up_after_a_run_that_was_killed_late(world, join, tmp_path):
+    src, options, _ = world
+    join(src, tmp_path / "out", **options)
+    (tmp_path / "out" / JOURNAL).write_text('{"key": "k"}\n')
+    (tmp_path / ".out.old-4711").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert join(src, tmp_path / "out", **options).reused
+    assert not (tmp_path / "out" / JOURNAL).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name for name in before if name != ".out.old-4711"]

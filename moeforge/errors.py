@@ -29,10 +29,19 @@ class ExitCode(IntEnum):
     """The next stage of the pipe has died."""
 
 
+MAX_MESSAGE = 3000
+"""Characters of a message; the longest honest ones list every reason why a conversion is refused."""
+
+
 class MoeforgeError(Exception):
     """Base of every error that is shown as one line instead of a traceback."""
 
     exit_code = ExitCode.FAILED
+
+    def __str__(self) -> str:
+        # messages quote what was found, and what was found may come from a stranger
+        text = printable(super().__str__())
+        return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}... ({len(text)} characters)"
 
 
 class UsageProblem(MoeforgeError):
@@ -69,6 +78,11 @@ class ReaderGone(MoeforgeError):
     """The process that would have read our output is dead, so the work stops."""
 
     exit_code = ExitCode.READER_GONE
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey (control characters, line breaks) written out as escapes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(text: object) -> str:

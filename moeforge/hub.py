@@ -53,7 +53,7 @@ def push_files(
 
     Args:
         files: path in the repository -> local file or content.
-        private: only for a repository that is created now.
+        private: the repository is made private; one that is there and public is refused.
         branch: created when it is missing.
         pull_request: propose the commit instead of making it.
         on_bytes: called with the size of each file that is up.
@@ -67,8 +67,13 @@ def push_files(
     # its own bars would fight with ours over the terminal
     disable_progress_bars()
     api = hub.HfApi()
-    with hub_errors(f"push to {repo}"):
+    what = f"push to {repo}"
+    with hub_errors(what):
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise UsageProblem(
+                f"{what}: --private, but the repository is there already and public; make it private on the Hub, or leave --private out"
+            )
         if branch != "main":
             api.create_branch(repo, branch=branch, exist_ok=True)
         additions = [hub.CommitOperationAdd(name, str(held) if isinstance(held, Path) else held)

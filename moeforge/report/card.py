@@ -44,7 +44,7 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any] | None, re
         f"# {repo.rpartition('/')[2]}\n\n{_opening(manifest, steps)}",
         "## How it was made\n\n" + "\n".join(_step(number, step) for number, step in enumerate(reversed(steps), 1)),
         _section("## What was proven", _exactness(steps)),
-        _section("## What was measured", _measured(manifest)),
+        _section("## What was measured", _measured(manifest, steps)),
         _section("## Where the bytes are", _bytes(manifest)),
         "## How to load it\n\n" + _loading(manifest, config, repo),
         _section("## Licences of the parents", _licences(steps)),
@@ -65,12 +65,17 @@ def lineage(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def sources(steps: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Every parent that moeforge did not write itself, each once."""
+    """Every parent that moeforge did not write itself, each once: of every branch of the lineage, and an adapter's base with it."""
     found: dict[str, Mapping[str, Any]] = {}
-    for step in steps:
-        for parent in step.get("parents") or []:
-            if not parent.get("manifest"):
-                found.setdefault(str(parent.get("ref")), parent)
+    ahead = list(steps[0].get("parents") or []) if steps else []
+    while ahead:
+        parent = ahead.pop(0)
+        if inner := (parent.get("manifest") or {}).get("parents"):
+            ahead[:0] = inner
+            continue
+        found.setdefault(str(parent.get("ref")), parent)
+        if isinstance(parent.get("base"), Mapping):
+            ahead.insert(0, parent["base"])
     return list(found.values())
 
 
@@ -112,7 +117,7 @@ def _opening(manifest: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> str
     verbs = " → ".join(
         f"{step.get('verb')}{' ' + step['method'] if step.get('method') else ''}" for step in reversed(steps)
     )
-    size = sum(info["bytes"] for info in manifest.get("files", {}).values())
+    size = sum(info.get("bytes", 0) for info in manifest.get("files", {}).values())
     return f"Made from {names} by `moeforge`: {verbs}. {len(manifest.get('files', {}))} files, {format_bytes(size)}."
 
 
@@ -165,19 +170,14 @@ def _exactness(steps: list[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _measured(manifest: Mapping[str, Any]) -> list[str]:
-    rows = [(key, value) for key, value in (manifest.get("counts") or {}).items()
+def _measured(manifest: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> list[str]:
+    """What every step counted, oldest first."""
+    rows = [(step.get("verb"), key, value) for step in reversed(steps) for key, value in (step.get("counts") or {}).items()
             if key not in _HIDDEN_COUNTS and isinstance(value, int | float | str)]  # fmt: skip
-    rows += [("seconds", manifest["timings"]["seconds"])] if manifest.get("timings") else []
-    return (
-        [
-            "| what | value |",
-            "| --- | --- |",
-            *(f"| {key.replace('_', ' ')} | {_value(value)} |" for key, value in rows),
-        ]
-        if rows
-        else []
-    )
+    seconds = (manifest.get("timings") or {}).get("seconds")
+    rows += [(manifest.get("verb"), "seconds", seconds)] if seconds is not None else []
+    told = [f"| {verb} | {key.replace('_', ' ')} | {_value(value)} |" for verb, key, value in rows]
+    return ["| step | what | value |", "| --- | --- | --- |", *told] if told else []
 
 
 def _bytes(manifest: Mapping[str, Any]) -> list[str]:
@@ -185,7 +185,7 @@ def _bytes(manifest: Mapping[str, Any]) -> list[str]:
     if not isinstance(table, Mapping):
         return []
     return ["| role | bytes by precision |", "| --- | --- |",
-            *(f"| {role} | {', '.join(f'{format_bytes(n)} {kind}' for kind, n in row.items())} |" for role, row in table.items())]  # fmt: skip
+            *(f"| {role} | {', '.join(f'{format_bytes(n)} {kind}' for kind, n in row.items())} |" for role, row in table.items() if isinstance(row, Mapping))]  # fmt: skip
 
 
 def _loading(manifest: Mapping[str, Any], config: Mapping[str, Any] | None, repo: str) -> str:

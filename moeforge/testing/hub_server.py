@@ -26,10 +26,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from .hub_repo import File, Repo, goes_through_lfs
 
+MIDWAY = -1
+
 
 @dataclass
 class Fault:
-    """Answer the next `times` matching requests with `status`, or cut the connection when `status` is 0."""
+    """Answer the next `times` matching requests with `status`; 0 cuts the connection before the request's body is read, `MIDWAY`
+    after half of it."""
 
     method: str
     pattern: re.Pattern[str]
@@ -87,7 +90,7 @@ class HubServer:
         return found if token is None else found | {"HF_TOKEN": token}
 
     def fail(self, method: str, pattern: str, *, status: int, times: int = 1, after: int = 0) -> None:
-        """Fail requests whose path matches; status 0 cuts the connection, `after` lets some through first."""
+        """Fail requests whose path matches (see `Fault`); `after` lets some through first."""
         with self.lock:
             self._faults.append(Fault(method, re.compile(pattern), status, times, after))
 
@@ -132,7 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.raw_path = split.path
         self.hub.requests.append((self.command, path))
         fault = self.hub.fault_for(self.command, path)
-        if fault == 0:
+        if fault in (0, MIDWAY):
+            if fault == MIDWAY:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
             self.close_connection = True
             self.connection.close()
             return

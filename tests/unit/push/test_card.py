@@ -78,3 +78,34 @@ def test_lineage_runs_back_to_the_first_source():
     steps = list(lineage(manifest()))
     assert [step["verb"] for step in steps] == ["compress", "upcycle"]
     assert [parent["ref"] for parent in sources(steps)] == ["org/dense", "/home/me/models/other"]
+
+
+def test_licences_of_every_branch_and_of_an_adapters_base():
+    tuned = {"ref": "/data/tuned", "manifest": {"verb": "tune", "parents": [{"ref": "org/third", "license": "gemma"}]}}
+    adapter = {"ref": "org/lora", "license": "mit", "base": {"ref": "org/base", "license": "cc-by-nc-4.0"}}
+    card = model_card(manifest(parents=[SOURCE, tuned, adapter]), None, "org/made")
+    for line in (
+        "- `org/third`: gemma",
+        "- `org/lora`: mit",
+        "- `org/base`: cc-by-nc-4.0",
+        "- `org/dense@aaaaaaaaaaaa`: apache-2.0",
+    ):
+        assert line in card, line
+    assert "base_model:\n- org/dense\n- org/third\n- org/lora\n- org/base" in card
+
+
+def test_numbers_of_every_step_are_kept():
+    body = manifest()
+    body["parents"][0]["manifest"]["counts"] = {"held_out_loss": 2.125}
+    card = model_card(body, None, "org/made")
+    assert "| upcycle | held out loss | 2.125 |" in card
+    assert "| compress | perplexity | 12.35 |" in card
+
+
+def test_a_manifest_with_little_in_it_still_makes_a_card():
+    card = model_card(
+        {"kind": "checkpoint", "files": {"a": {}}, "counts": {"bytes_by_role": {"x": 1}}, "timings": {}},
+        None,
+        "org/made",
+    )
+    assert card.startswith("---\n") and "unknown" in card

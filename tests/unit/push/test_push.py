@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from moeforge.checkpoint.digest import artifact_digest, file_digest
 from moeforge.hub import redact
 from moeforge.testing.command import run
-from moeforge.testing.hub_server import HubServer
+from moeforge.testing.hub_server import MIDWAY, HubServer
 from moeforge.testing.models import save_tiny
 
 FILES = {
@@ -116,7 +116,7 @@ def test_branch_new_and_existing_and_pull_request(push, hub, artifact, tmp_path)
     assert json.loads((tmp_path / "3").read_text())["pull_request"].endswith("/org/made/discussions/1")
 
 
-@pytest.mark.parametrize("status", [500, 503, 0])
+@pytest.mark.parametrize("status", [500, 503, 0, MIDWAY])
 def test_a_fault_in_the_middle_is_survived(push, hub, artifact, status):
     hub.fail("PUT", "/lfs/", status=status, times=1, after=1)
     result = push(artifact, "org/made")
@@ -211,3 +211,47 @@ def test_what_changed_since_it_was_written_is_not_published(push, hub, artifact)
     (artifact / "moeforge.json").write_text(json.dumps(body | {"digest": "sha256:" + "0" * 64}))
     result = push(artifact, "org/made", "--dry-run")
     assert result.code == 3 and "it was edited" in result.err
+
+
+def test_a_token_that_expires_in_the_middle_ends_in_one_line_and_the_rest_is_sent_later(push, hub, artifact):
+    hub.fail("POST", "/commit/", status=401)
+    failed = push(artifact, "org/made")
+    assert failed.code == 2 and "hf auth login" in failed.err and "Traceback" not in failed.err
+    hub.requests.clear()
+    assert push(artifact, "org/made").code == 0
+    assert not [path for method, path in hub.requests if method == "PUT"]
+
+
+def test_private_is_not_granted_by_a_public_repository(push, hub, artifact):
+    hub.put("org/public", {"a": b"1"})
+    refused = push(artifact, "org/public", "--private")
+    assert refused.code == 2 and "public" in refused.err
+    assert set(hub.repos["org/public"].files("main")) == {".gitattributes", "a"}
+    hub.put("org/closed", {"a": b"1"}, private=True)
+    assert push(artifact, "org/closed", "--private").code == 0
+
+
+def test_what_was_pushed_is_a_source_and_no_file_holds_the_token(push, hub, tmp_path):
+    """upcycle, push over a connection that breaks, then show, upcycle and verify what the endpoint now holds."""
+    dense = save_tiny(tmp_path / "dense", "llama")
+    run("upcycle", dense, "--experts", 2, "--top-k", 1, "-o", tmp_path / "moe", check=True)
+    run("export", dense, "--to", "hf", "-o", tmp_path / "plain", check=True)
+    hub.fail("PUT", "/lfs/", status=MIDWAY)
+    for name in ("moe", "plain"):
+        assert push(tmp_path / name, f"org/{name}", "-o", tmp_path / f"{name}.json").code == 0
+    env = {**hub.environment(tmp_path / "other-machine", TOKEN), "MOEFORGE_HOME": str(tmp_path / "other-home")}
+    shown = run("show", "org/moe", "--json", env=env, check=True)
+    assert (
+        shown.reference["mixtures"][0]["experts"] == 2
+        and shown.reference["revision"] == hub.repos["org/moe"].refs["main"]
+    )
+    made = run("upcycle", "org/plain", "--experts", 2, "--top-k", 1, "-o", tmp_path / "again", env=env, check=True)
+    weights = [(tmp_path / where / "model.safetensors").read_bytes() for where in ("moe", "again")]
+    assert weights[0] == weights[1]
+    (tmp_path / "downloaded").mkdir()
+    for name, data in hub.repos["org/moe"].files("main").items():
+        (tmp_path / "downloaded" / name).write_bytes(data)
+    verified = run("verify", tmp_path / "downloaded", "--no-proof", env=env)
+    assert verified.code == 0, verified.out
+    told = [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert told == [] and TOKEN not in made.err + made.out + shown.err + shown.out

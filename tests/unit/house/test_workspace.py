@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -190,6 +191,15 @@ def test_a_kill_while_the_replaced_output_is_removed_leaves_no_litter(tmp_path, 
     tidy(out)
     assert listing(tmp_path) == ["out"]
     assert listing(out) == ["b", "moeforge.json"]
+
+
+def test_what_tells_whose_a_directory_is_goes_last(tmp_path, monkeypatch):
+    gone, real = [], Path.unlink
+    for name in ("z", "a", "moeforge.json", JOURNAL):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(Path, "unlink", lambda self, **kw: (gone.append(self.name), real(self, **kw))[1])
+    place.empty(tmp_path)
+    assert gone == ["a", "z", JOURNAL, "moeforge.json"]
 
 
 def test_a_file_that_was_killed_before_or_after_its_rename_is_made_again(tmp_path, monkeypatch):

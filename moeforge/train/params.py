@@ -113,7 +113,7 @@ def make_optimizer(choice: Choice, masters: Masters, *, kind: Optimizer = "adamw
     table = [{"params": list(members.values()), "names": list(members), "peak": rate * (router_scale if router else 1.0),
               "weight_decay": weight_decay if decays else 0.0} for (router, decays), members in groups.items()]  # fmt: skip
     if kind == "adamw-8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(table, lr=rate, betas=betas)
     return torch.optim.AdamW(table, lr=rate, betas=betas, fused=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from moeforge.errors import ExitCode
+from moeforge.errors import ExitCode, MoeforgeError
 from moeforge.testing.command import run
 from moeforge.testing.models import save_tiny
+from moeforge.testing.mutations import manifest_changed
 from moeforge_inspect import lineage
 from moeforge_inspect.show import Show
 from moeforge_inspect.verify import Verify
@@ -260,3 +262,23 @@ def test_show_of_an_adapter_without_its_base(ask, tmp_path):
     assert (
         answer.data["adapter"]["r"] == 4 and "base_unreadable" in answer.data and "target modules q_proj" in answer.text
     )
+
+
+@pytest.mark.parametrize("query", [Show, Verify])
+def test_a_strangers_manifest_ends_in_an_answer_or_in_one_line(ask, mixture, tmp_path, query):
+    """150 mutated manifests, and every key left out once; each is read, or refused as bad input."""
+    whole = json.loads((mixture / "moeforge.json").read_text())
+    copy, answered = shutil.copytree(mixture, tmp_path / "copy"), 0
+    for number in range(150 + len(whole)):
+        if number < 150:
+            (copy / "moeforge.json").write_text(json.dumps(whole))
+            manifest_changed(random.Random(number), copy)
+        else:
+            lost = sorted(whole)[number - 150]
+            (copy / "moeforge.json").write_text(json.dumps({k: v for k, v in whole.items() if k != lost}))
+        try:
+            ask(query, copy, **({"proof": False} if query is Verify else {}))
+            answered += 1
+        except MoeforgeError as error:
+            assert error.exit_code == ExitCode.BAD_INPUT and str(error).isprintable()
+    assert answered > 20

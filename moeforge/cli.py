@@ -95,7 +95,7 @@ def _summary(entry: registry.Entry) -> str:
     """What an entry is for; as thorough about what is broken as using it would be."""
     if entry.group == "moeforge.verbs":
         return Verb(entry).stage.summary
-    if entry.group == registry.ARCHITECTURES:
+    if entry.group in registry.DESCRIPTIONS:
         entry.load()
         return ""
     made, verb = entry.make(), entry.group.removeprefix("moeforge.")

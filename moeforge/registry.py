@@ -1,9 +1,10 @@
 """Names to objects, without importing anything until it is used.
 
 Two sources, one resolver: `builtins.toml` beside this file (our own plugins, so that a bare checkout works) and the
-entry points of installed distributions. Groups are `moeforge.verbs`, `moeforge.<verb>` (its methods) and
-`moeforge.architectures`. The environment variable MOEFORGE_PLUGINS limits third parties: unset, all load; empty, none;
-else a comma-separated list of distribution names.
+entry points of installed distributions. Groups are `moeforge.verbs`, `moeforge.<verb>` (its methods),
+`moeforge.architectures` (ours are the files beside that module), `moeforge.upcycle_pairs` and `moeforge.upcycle_targets`. The
+environment variable MOEFORGE_PLUGINS limits third parties: unset, all load; empty, none; else a comma-separated list of
+distribution names.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ API_VERSION = 1
 OURS = "moeforge"
 VERBS = "moeforge.verbs"
 ARCHITECTURES = "moeforge.architectures"
+DESCRIPTIONS = frozenset({ARCHITECTURES, "moeforge.upcycle_pairs", "moeforge.upcycle_targets"})
+"""Groups of data: a dict or the path of a JSON file."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ def _flaw(group: str, loaded: Any) -> str:
     Raises:
         Exception: whatever its Options raise when they are looked at.
     """
-    if group == ARCHITECTURES:
+    if group in DESCRIPTIONS:
         if isinstance(loaded, dict) or (isinstance(loaded, str | os.PathLike) and os.path.isfile(loaded)):
             return ""
-        return f"an architecture is a dict or the path of a JSON file, not {loaded!r}"
+        return f"a description is a dict or the path of a JSON file, not {loaded!r}"
     if not isinstance(loaded, type):
         return f"{loaded!r} is no class"
     wanted: dict[str, Any] = {"name": str, "summary": str, "Options": type}
@@ -121,6 +124,14 @@ def _builtins() -> dict[str, dict[str, str]]:
 
 
 @functools.cache
+def _families() -> dict[str, str]:
+    """Our own architectures, which are files."""
+    folder = resources.files("moeforge").joinpath("checkpoint", "architectures")
+    names = sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
+    return {name: f"moeforge.checkpoint.architectures:described.{name}" for name in names}
+
+
+@functools.cache
 def _third_party() -> tuple[Entry, ...]:
     wanted = os.environ.get("MOEFORGE_PLUGINS")
     if wanted is not None and not wanted.strip():
@@ -144,7 +155,7 @@ def _normal(name: str) -> str:
 def entries(group: str) -> dict[str, list[Entry]]:
     """Every provider of every name of a group, ours first, then by distribution."""
     found: dict[str, list[Entry]] = {}
-    for name, target in _builtins().get(group, {}).items():
+    for name, target in (_families() if group == ARCHITECTURES else _builtins().get(group, {})).items():
         found.setdefault(name, []).append(Entry(group, name, target, OURS))
     for entry in sorted(_third_party(), key=lambda e: (e.distribution, e.name)):
         if entry.group == group:
@@ -154,7 +165,7 @@ def entries(group: str) -> dict[str, list[Entry]]:
 
 def groups() -> list[str]:
     """All groups that anyone provides something in."""
-    return sorted({*_builtins(), *(entry.group for entry in _third_party())})
+    return sorted({ARCHITECTURES, *_builtins(), *(entry.group for entry in _third_party())})
 
 
 def find(group: str, name: str, what: str) -> Entry:

@@ -296,3 +296,13 @@ def _normal(distribution: str) -> str:
 
 def _product(size: str, resolved: Mapping[str, Any]) -> int:
     return math.prod(resolved[key] for key in size.split(" * "))
+
+
+class _Described:
+    """`described.llama` is the description of llama: how the registry names our own files."""
+
+    def __getattr__(self, model_type: str) -> dict[str, Any]:
+        return _table(model_type)
+
+
+described = _Described()

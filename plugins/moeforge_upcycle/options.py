@@ -9,6 +9,8 @@ from typing import Literal
 from moeforge.errors import UsageProblem
 from moeforge.options import Bytes, opt
 
+from . import advice
+
 EXPERTS = 8
 """--experts where neither the user nor the method says."""
 
@@ -63,7 +65,21 @@ class Options:
     allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
     dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
 
+    dense_tokens: str | None = opt(
+        "tokens that the dense model was trained on, such as 2T: with --planned-tokens, the plan says if upcycling pays",
+        default=None,
+        affects_output=False,
+    )
+    planned_tokens: str | None = opt(
+        "tokens that the mixture will be trained on, such as 100B", default=None, affects_output=False
+    )
+
     def __post_init__(self) -> None:
+        if (self.dense_tokens is None) != (self.planned_tokens is None):
+            raise UsageProblem("--dense-tokens and --planned-tokens go together")
+        for flag, value in (("--dense-tokens", self.dense_tokens), ("--planned-tokens", self.planned_tokens)):
+            if value is not None:
+                advice.tokens(value, flag)
         if self.experts is not None and self.top_k > self.experts:
             raise UsageProblem(f"--top-k {self.top_k} is more than --experts {self.experts}")
         if self.bf16_kl and self.verify is False:

@@ -12,7 +12,8 @@ from .targets import Target
 def verdicts(target: Target, settings: Mapping[str, Any]) -> dict[str, str]:
     """{runtime: "exact", "inexact: sentence" or "unsupported: sentence"} under the layout's rules.
 
-    `exact` means: the runtime computes what transformers computes. `settings`: the output config and everything that
+    `exact` means: the runtime computes what transformers computes, from the written files, or for llama.cpp from the file
+    that `moeforge export --to gguf` makes of them. Where that writes no such layout, the verdict says whose converter does. `settings`: the output config and everything that
     the templates may name.
     """
     found = {}

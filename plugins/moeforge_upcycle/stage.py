@@ -21,7 +21,7 @@ from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 
-from . import domains, losses, memory, portability, routers
+from . import advice, domains, losses, memory, portability, routers
 from .job import Job, prepare
 from .measure import check, drift_text, measure, sources
 from .options import Options
@@ -90,6 +90,8 @@ class Upcycle:
                 "write_bytes": sum(s.total_bytes for s in plan_shards(infos, options.max_shard_size)),
                 "peak_memory_bytes": max(phases.values()),
                 "peak_memory_by_phase_bytes": phases,
+                "not_carried": advice.NOT_CARRIED,
+                **advised(job, active),
             },
             verdicts={
                 "exact": not why,
@@ -279,6 +281,18 @@ def warnings(job: Job) -> Iterable[str]:
     unknown = family.unknown_keys(job.parents[0].checkpoint.config)
     if unknown:
         yield f"config keys that moeforge does not know for {family.model_type} are left out: {', '.join(unknown)}"
+
+
+def advised(job: Job, active: int) -> dict[str, str]:
+    """The fact `advice`, where the user said how many tokens there were and will be."""
+    options = job.options
+    if options.dense_tokens is None or options.planned_tokens is None:
+        return {}
+    source = job.parents[0]
+    dense = sum(source.info(role, layer).size for role, layer in source.parts)
+    trained = advice.tokens(options.dense_tokens, "--dense-tokens")
+    planned = advice.tokens(options.planned_tokens, "--planned-tokens")
+    return {"advice": advice.advise(trained, planned, dense, active)}
 
 
 def parameters(job: Job, ops: Iterable[TensorOp]) -> tuple[int, int]:

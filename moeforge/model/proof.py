@@ -17,6 +17,7 @@ import numpy as np
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.tensor import TensorInfo
 from ..errors import BadInput
+from .comparison import Comparison, worst
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,8 @@ THRESHOLD = 1e-5
 """Relative logit error below which two float32 models count as one function (rounding alone gives about 4e-7)."""
 ROUNDING_DRAWS = 3
 TOKENS = 256
-POSITIONS = 8
-"""Tokens whose float64 distributions are held at once."""
+HEAD = 32
+"""Tokens of which the second model's logits are held at once: its head is run that often less."""
 LONGEST = 4096
 """A sliding window up to this long is exceeded by one sequence of the test tokens, so that dropping it shows."""
 
@@ -167,7 +168,7 @@ def prove(
         if ctx is not None:
             ctx.check()
         layers.append(_compare_layer(index, models, states))
-    logits = _Comparison()
+    logits = Comparison()
     differences = [
         _compare_logits(logits, models, a, b, text=i >= len(batches) - len(text))
         for i, (a, b) in enumerate(zip(*states, strict=True))
@@ -228,11 +229,11 @@ def rounding_error(model: StreamedModel, reference: Sequence[State], seed: int, 
     difference = largest = 0.0
     with model.holding():
         for plain, rounded in zip(reference, drawn, strict=True):
-            for start in range(0, plain.ids.shape[1], POSITIONS):
-                rows = slice(start, start + POSITIONS)
+            for start in range(0, plain.ids.shape[1], HEAD):
+                rows = slice(start, start + HEAD)
                 wanted = model.logits(plain, rows)
-                largest = _worst(largest, float(wanted.abs().max()))
-                difference = _worst(difference, float((model.logits(rounded, rows) - wanted).abs().max()))
+                largest = worst(largest, float(wanted.abs().max()))
+                difference = worst(difference, float((model.logits(rounded, rows) - wanted).abs().max()))
     return difference / (scale or largest)
 
 
@@ -300,17 +301,20 @@ def _compare_layer(index: int, models: Sequence[StreamedModel], states: Sequence
         advance(models[1], layer, states[1])
         sparse = is_sparse(ffn_modules(layer))
         with torch.no_grad():
-            blocks = [ffn_output(layer, x) for x, _ in calls], [y for _, y in calls]
-    hidden = [s.hidden for s in states[1]], [s.hidden for s in states[0]]
-    finite = all(bool(x.isfinite().all()) for side in (*blocks, *hidden) for x in side)
-    return LayerProof(index, sparse, _relative(*hidden), _relative(*blocks), finite)
+            local = _sizes([ffn_output(layer, x) for x, _ in calls], [y for _, y in calls])
+    hidden = _sizes([s.hidden for s in states[1]], [s.hidden for s in states[0]])
+    # where the difference and the reference are finite, so is the other side
+    finite = all(map(math.isfinite, (*hidden, *local)))
+    return LayerProof(index, sparse, _ratio(*hidden), _ratio(*local), finite)
 
 
-def _relative(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """max|found - wanted| / max|wanted| over all batches; infinite when anything is NaN or the reference is zero and the
-    difference is not."""
-    difference = _largest([f - w for f, w in zip(found, wanted, strict=True)])
-    scale = _largest(wanted)
+def _sizes(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """(max|found - wanted|, max|wanted|) over all batches; NaN if any element is."""
+    return _largest([f - w for f, w in zip(found, wanted, strict=True)]), _largest(wanted)
+
+
+def _ratio(difference: float, scale: float) -> float:
+    """difference / scale; infinite when one of them is not finite, or when the reference is zero and the difference is not."""
     if not (math.isfinite(difference) and math.isfinite(scale)):
         return math.inf
     return difference / scale if scale else (0.0 if difference == 0 else math.inf)
@@ -323,11 +327,11 @@ def _largest(tensors: Sequence[torch.Tensor]) -> float:
 
 
 def _compare_logits(
-    into: _Comparison, models: Sequence[StreamedModel], first: State, second: State, text: bool = False
+    into: Comparison, models: Sequence[StreamedModel], first: State, second: State, text: bool = False
 ) -> float:
     """Add one sequence to a comparison; returns its max|dlogit|.
 
-    All logits of one model and those of `POSITIONS` positions of the other are in memory, and one head at a time.
+    All logits of one model and those of `HEAD` positions of the other are in memory, and one head at a time.
     """
     import torch
 
@@ -335,65 +339,13 @@ def _compare_logits(
     targets = torch.full_like(first.ids, -1)
     if text:
         targets[:, :-1] = first.ids[:, 1:]
-    worst = 0.0
+    largest = 0.0
     with models[1].holding():
-        for start in range(0, whole.shape[1], POSITIONS):
-            rows = slice(start, start + POSITIONS)
+        for start in range(0, whole.shape[1], HEAD):
+            rows = slice(start, start + HEAD)
             found = into.add(whole[:, rows], models[1].logits(second, rows), targets[:, rows] if text else None)
-            worst = _worst(worst, found)
-    return worst
-
-
-class _Comparison:
-    """Sums over the logits of two models, in float64."""
-
-    def __init__(self) -> None:
-        self.tokens = self.disagreements = self.text_tokens = self.predicted = 0
-        self.kl_sum = self.kl_max = self.text_kl = self.difference = self.scale = 0.0
-        self.loss = [0.0, 0.0]
-
-    def add(self, first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor | None) -> float:
-        """first, second: [B, t, V]; `targets` [B, t] holds the next tokens of real text, -1 where there is none. Returns
-        max|dlogit|."""
-        vocabulary = min(first.shape[-1], second.shape[-1])
-        a, b = (side.flatten(0, 1)[:, :vocabulary].double() for side in (first, second))
-        return self._rows(a, b, None if targets is None else targets.flatten())
-
-    def _rows(self, a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor | None) -> float:
-        difference = float((a - b).abs().max())
-        self.difference = _worst(self.difference, difference)
-        self.scale = _worst(self.scale, float(a.abs().max()))
-        # an exact tie in the reference is no disagreement: either choice has the largest logit
-        chosen = a.gather(1, b.argmax(1, keepdim=True))
-        self.disagreements += int((~(chosen == a.amax(1, keepdim=True))).sum())
-        p, q = a.log_softmax(1), b.log_softmax(1)
-        kl = (p.exp() * (p - q)).sum(1)
-        self.tokens += len(a)
-        self.kl_sum += float(kl.sum())
-        self.kl_max = _worst(self.kl_max, float(kl.max()))
-        if targets is not None:
-            self.text_tokens += len(a)
-            self.text_kl += float(kl.sum())
-            known = targets >= 0
-            self.predicted += int(known.sum())
-            for i, logp in enumerate((p, q)):
-                self.loss[i] -= float(logp[known].gather(1, targets[known, None]).sum())
-        return difference
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.difference, self.scale, self.kl_sum, self.kl_max, *self.loss)))
-
-    @property
-    def relative_error(self) -> float:
-        if not (math.isfinite(self.difference) and math.isfinite(self.scale) and self.scale > 0):
-            return math.inf
-        return self.difference / self.scale
-
-
-def _worst(a: float, b: float) -> float:
-    """The larger of two numbers, NaN if either is."""
-    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+            largest = worst(largest, found)
+    return largest
 
 
 def _finite(value: Any) -> Any:

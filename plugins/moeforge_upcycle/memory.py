@@ -17,6 +17,7 @@ from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.checkpoint.writer import MAX_MEMORY, op_memory
 from moeforge.errors import MachineLacks
 from moeforge.model import proof
+from moeforge.model.comparison import POSITIONS
 from moeforge.options import format_bytes
 
 from . import domains
@@ -128,7 +129,7 @@ def proof_bytes(job: Job, ops: Iterable[TensorOp]) -> int:
     vocabulary, width, longest = job.settings["vocab_size"], job.settings["hidden_size"], max(lengths)
     hidden = 8 * 4 * sum(lengths) * width
     masks = 2 * 4 * sum(length**2 for length in lengths)
-    logits = 4 * longest * vocabulary + 6 * 8 * proof.POSITIONS * vocabulary
+    logits = 4 * (longest + proof.HEAD) * vocabulary + 6 * 8 * POSITIONS * vocabulary
     experts = 4 * 4 * longest * job.shape.top_k * job.settings["intermediate_size"]
     return RUNNING + weights + hidden + masks + max(logits, experts)
 

@@ -131,12 +131,16 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     Raises:
         BadInput: it is there but is not one that this release can read; see :func:`moeforge.pipeline.schema.check_manifest`.
     """
+    from ..checkpoint.directory import Folder
+
     file = directory / MANIFEST
-    try:
-        body = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        body = json.loads(
+            Folder(directory).read(MANIFEST).decode("utf-8")
+        )  # never a link out, a device, or without end
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{file}: unreadable manifest: {error}") from error
     if not isinstance(body, dict) or body.get("schema") != SCHEMA:
         raise BadInput(f"{file}: not a moeforge manifest of schema {SCHEMA}")

@@ -116,15 +116,14 @@ def _nothing(rng: random.Random, directory: Path) -> None:
 
 def make_sources(where: Path) -> dict[str, Source]:
     """One sound source of every kind that is read."""
-    common = (*HEADERS, mutations.weights_not_finite, mutations.config_changed, mutations.index_changed,
-              mutations.link_out, mutations.fixed_damage)  # fmt: skip
+    common = (*HEADERS, mutations.config_changed, mutations.index_changed, mutations.link_out, mutations.fixed_damage)
     dense = save_tiny(where / "dense", "llama", **TINY)
     sharded = where / "sharded"
     inprocess.run("export", dense, sharded, to="hf", max_shard_size=20_000)
     adapter = (*HEADERS, mutations.adapter_config_changed, mutations.link_out)
     gguf = (mutations.gguf_bytes_changed, mutations.gguf_cut, mutations.gguf_number_huge, mutations.link_out)
     return {
-        "single": Source(dense, common),
+        "single": Source(dense, (*common, mutations.weights_not_finite)),
         "shards": Source(sharded, (*common, mutations.manifest_changed)),
         "adapter": Source(_adapter(where / "adapter", dense), adapter),
         "int8": Source(_int8(where / "int8", dense), common, {"dequantize": True}),

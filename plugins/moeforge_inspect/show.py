@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moeforge.checkpoint import open_checkpoint
+from moeforge.checkpoint.adapter import CONFIG as ADAPTER
 from moeforge.checkpoint.anatomy import Anatomy, anatomy
 from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.directory import Folder
+from moeforge.checkpoint.safetensors import parse_json
 from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.errors import BadInput
 from moeforge.options import format_bytes, opt
@@ -143,12 +144,9 @@ def _adapter(src: Artifact) -> dict[str, Any] | None:
     """What a PEFT adapter says of itself."""
     if src.kind != "adapter" or src.path is None:
         return None
-    try:
-        body = json.loads((Path(src.path) / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{src.path}/adapter_config.json is unreadable: {error}") from error
+    body = parse_json(Folder(src.path).read(ADAPTER), f"{src.path}/{ADAPTER}")
     keys = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "task_type")
-    return {key: body[key] for key in keys if isinstance(body, dict) and body.get(key) is not None}
+    return {key: body[key] for key in keys if body.get(key) is not None}
 
 
 def _adapter_lines(adapter: dict[str, Any]) -> list[str]:

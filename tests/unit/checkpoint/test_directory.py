@@ -184,3 +184,22 @@ def test_reading_after_close_is_an_error(state, save, tmp_path):
     checkpoint.close()
     with pytest.raises(ValueError, match="closed"):
         checkpoint.read("model.embed.weight")
+
+
+@pytest.mark.parametrize("file", ["moeforge.json", "adapter_config.json", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("target", ["/dev/zero", "outside"])
+def test_small_files_are_never_links_to_a_device_or_out(file, target, state, save, tmp_path):
+    """A reader that follows the first would fill the memory."""
+    from moeforge.pipeline.artifact import locate
+
+    source = save(state, tmp_path / "src")
+    (tmp_path / "outside").write_text("{}")
+    (source / file).unlink(missing_ok=True)
+    (source / file).symlink_to(tmp_path / target if target == "outside" else target)
+    if file == "adapter_config.json":
+        (source / "config.json").unlink()
+    with (
+        pytest.raises(BadInput, match=f"{file} is a link that leads out|config.json is missing"),
+        open_checkpoint(locate(str(source)).ref) as opened,
+    ):
+        opened.companions()

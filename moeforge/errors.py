@@ -32,6 +32,9 @@ class ExitCode(IntEnum):
 MAX_MESSAGE = 3000
 """Characters of a message; the longest honest ones list every reason why a conversion is refused."""
 
+KEPT_END = 500
+"""Of those, how many are the message's last."""
+
 
 class MoeforgeError(Exception):
     """Base of every error that is shown as one line instead of a traceback."""
@@ -41,7 +44,10 @@ class MoeforgeError(Exception):
     def __str__(self) -> str:
         # messages quote what was found, and what was found may come from a stranger
         text = printable(super().__str__())
-        return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}... ({len(text)} characters)"
+        if len(text) <= MAX_MESSAGE:
+            return text
+        # the reason and what to do stand at the end
+        return f"{text[: MAX_MESSAGE - KEPT_END]}... ({len(text)} characters) ...{text[-KEPT_END:]}"
 
 
 class UsageProblem(MoeforgeError):

@@ -275,10 +275,24 @@ def _read(model_type: str) -> dict[str, Any]:
             return json.loads(file.read_text("utf-8"))
         for point in _third_party():
             if point.name == model_type:
-                given = point.load()
-                return dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text("utf-8"))
+                return _given(point)
     raise BadInput(f"config.json: model_type = {model_type!r} is not a dense family that moeforge knows; "
                    f"known are {', '.join(known())}; a plugin can add one (group moeforge.architectures)")  # fmt: skip
+
+
+def _given(point: metadata.EntryPoint) -> dict[str, Any]:
+    """What a third party registered.
+
+    Raises:
+        BadInput: it cannot be imported or read; names the distribution.
+    """
+    try:
+        given = point.load()
+        return dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text("utf-8"))
+    except Exception as error:
+        owner = point.dist.name if point.dist is not None else "unknown"
+        raise BadInput(f"config.json: model_type = {point.name!r} is described by {owner}, which is broken: "
+                       f"{type(error).__name__}: {error}; repair or uninstall {owner}") from error  # fmt: skip
 
 
 def _third_party() -> Iterable[metadata.EntryPoint]:

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from dataclasses import dataclass, make_dataclass
+from importlib.metadata import EntryPoint
 
 import pytest
 
 from moeforge import cli, registry
-from moeforge.errors import UsageProblem
+from moeforge.checkpoint import architectures
+from moeforge.errors import BadInput, UsageProblem
 from moeforge.launch import choose, method_named
 from moeforge.options import opt
 from moeforge.registry import Entry
@@ -172,6 +174,13 @@ def test_architectures_of_others_are_looked_at(third_party, capsys, loaded, brok
     third_party(registry.ARCHITECTURES, loaded)
     (line,) = [line for line in command(capsys, "plugins").splitlines() if "mend" in line.split()]
     assert ("broken" in line) is broken
+
+
+def test_a_broken_architecture_is_named_where_it_is_used(monkeypatch):
+    broken = EntryPoint("their_lm", "no_such_module:table", registry.ARCHITECTURES)
+    monkeypatch.setattr(architectures, "_third_party", lambda: [broken])
+    with pytest.raises(BadInput, match=r"'their_lm' is described by .*, which is broken: ModuleNotFoundError"):
+        architectures.architecture({"model_type": "their_lm"})
 
 
 # -- how a process ends

@@ -50,6 +50,30 @@ def test_same_function(source, target, way, dense, upcycle, compare):
     assert done.manifest["verdicts"]["exact"] is True
 
 
+LOOSE = {
+    "noise": {},
+    "drop": {},
+    "carve": {"partition": "random", "router": "stage", "experts": 4},
+    "btx": {},
+}
+"""Methods that change the function, none of them on text."""
+
+
+@pytest.mark.parametrize("method", LOOSE)
+@pytest.mark.parametrize(("source", "target"), ALL)
+def test_every_other_method_fills_every_layout(source, target, method, dense, upcycle, compare):
+    """Nothing missing, nothing left over, finite logits in the stock class; and what is announced as inexact is."""
+    src, options = dense(source), dict(LOOSE[method])
+    if method == "btx":
+        options |= {"experts": 2, "expert": (str(dense(source, seed=1)),)}
+    done = upcycle(src, method, target=target, **options)
+    found = compare(src, done.path)
+    assert found.loading == {}
+    assert found.model_class == targets.load(target).architecture
+    assert done.manifest["verdicts"]["exact"] is False
+    assert found.error > 1e-4
+
+
 VARIANTS = {
     "llama: tied, wide heads, llama3 rope": (
         "llama",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -77,3 +77,15 @@ def save_tiny(directory: Path, model_type: str, seed: int = 0, **overrides: Any)
     model, _ = tiny_dense(model_type, seed, **overrides)
     model.save_pretrained(directory)
     return directory
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One byte a token, as many as the vocabulary of `SIZES` has room for; 0 starts a text, 1 ends it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: SIZES["vocab_size"] - 2]
+    vocab = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<s>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")

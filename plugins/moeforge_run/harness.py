@@ -50,7 +50,8 @@ def run_tasks(checkpoint: Checkpoint, options: Any, ctx: Context) -> dict[str, d
     found = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, limit=options.limit,
                                     random_seed=options.seed, numpy_random_seed=options.seed, torch_random_seed=options.seed)  # fmt: skip
     ctx.check()
-    return {task: {metric: float(value) for metric, value in metrics.items() if isinstance(value, int | float)}
+    # metrics are called `name,filter`; what else stands there are counts and labels
+    return {task: {metric: float(value) for metric, value in metrics.items() if "," in metric and isinstance(value, int | float)}
             for task, metrics in found["results"].items()}  # fmt: skip
 
 

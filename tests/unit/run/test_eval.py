@@ -225,7 +225,7 @@ def test_lm_eval_gets_the_loaded_model(answer, saved, tokenizer, monkeypatch):
 
 
 def test_the_command_prints_a_table_or_one_line_of_json(saved, text, tmp_path):
-    check_light("eval", None, {})
+    check_light(["eval", "--help"], {})
     words = ["eval", saved[1], "--data", text[0], "--tokens", 60]
     done = run(*words, check=True)
     assert "perplexity" in done.out and "60 tokens of" in done.out and "tokens/s" in done.out

@@ -65,7 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--train", default="all")
     parser.add_argument("--learning-rate", default="1e-4")
-    parser.add_argument("--held-out", default="0.02")
+    parser.add_argument("--held-out", default="0.01")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tune-curves")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,12 @@ class Forge(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
+        verbs = registry.entries("moeforge.verbs")
         for name in self.list_commands(ctx):
+            known = [entry.summary for entry in verbs.get(name, ())]
+            if len(known) == 1 and known[0]:
+                rows.append((name, known[0]))
+                continue
             try:
                 command = self.get_command(ctx, name)
             except click.UsageError as error:

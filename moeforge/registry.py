@@ -25,6 +25,8 @@ API_VERSION = 1
 OURS = "moeforge"
 VERBS = "moeforge.verbs"
 ARCHITECTURES = "moeforge.architectures"
+SUMMARIES = "summaries"
+"""Table of `builtins.toml`: `moeforge --help` must not import every verb for its one line."""
 DESCRIPTIONS = frozenset({ARCHITECTURES, "moeforge.upcycle_pairs", "moeforge.upcycle_targets"})
 """Groups of data: a dict or the path of a JSON file."""
 
@@ -38,6 +40,8 @@ class Entry:
     target: str
     """`module:object`"""
     distribution: str
+    summary: str | None = None
+    """What it is for in one line, where that is known without importing it."""
 
     def load(self) -> Any:
         """Import and return the object.
@@ -119,8 +123,12 @@ def load_object(target: str) -> Any:
 
 
 @functools.cache
-def _builtins() -> dict[str, dict[str, str]]:
+def _table() -> dict[str, dict[str, str]]:
     return tomllib.loads(resources.files("moeforge").joinpath("builtins.toml").read_text("utf-8"))
+
+
+def _builtins() -> dict[str, dict[str, str]]:
+    return {group: names for group, names in _table().items() if group != SUMMARIES}
 
 
 @functools.cache
@@ -156,7 +164,8 @@ def entries(group: str) -> dict[str, list[Entry]]:
     """Every provider of every name of a group, ours first, then by distribution."""
     found: dict[str, list[Entry]] = {}
     for name, target in (_families() if group == ARCHITECTURES else _builtins().get(group, {})).items():
-        found.setdefault(name, []).append(Entry(group, name, target, OURS))
+        summary = _table()[SUMMARIES].get(name) if group == VERBS else None
+        found.setdefault(name, []).append(Entry(group, name, target, OURS, summary))
     for entry in sorted(_third_party(), key=lambda e: (e.distribution, e.name)):
         if entry.group == group:
             found.setdefault(entry.name, []).append(entry)

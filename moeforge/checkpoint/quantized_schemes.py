@@ -85,13 +85,15 @@ def bitsandbytes(checkpoint: Checkpoint, settings: Mapping[str, Any], dtype: str
             scale = checkpoint.tensors.get(f"{stem}.SCB")
             if scale is None:
                 raise BadInput(f"{checkpoint.ref}: {info.name!r} is I8 without its {stem}.SCB")
-            if info.shape[:-1] != scale.shape or not scale.shape:
+            shape = (*scale.shape, info.size // max(1, scale.size))
+            # our own experts lie flat, see moeforge_compress.methods.int8
+            if info.shape not in (shape, (info.size, 1)) or info.size != math.prod(shape) or not scale.size:
                 raise BadInput(
                     f"{checkpoint.ref}: {scale.name!r} is {list(scale.shape)}, not one for each row of {info.name!r} {list(info.shape)}"
                 )
             parts = _present(checkpoint, {"codes": info.name, "scale": scale.name, "format": f"{stem}.weight_format"})
-            by_row = {"codes": 1, "scale": 1}
-            found.append(Coded(TensorInfo(info.name, dtype, info.shape), parts, _row_int8, 1, by_row))
+            by_row = {"codes": info.shape[0] // shape[0], "scale": 1}
+            found.append(Coded(TensorInfo(info.name, dtype, shape), parts, _row_int8, 1, by_row))
     return found
 
 

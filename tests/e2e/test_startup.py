@@ -25,6 +25,20 @@ def test_help_version_and_plugins_import_nothing_heavy():
         assert done.returncode == 0, done.stderr
 
 
+def test_help_imports_no_verb_and_knows_what_each_says_of_itself():
+    code = "import sys; from moeforge.cli import main\ntry: main()\nexcept SystemExit: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "--help"], capture_output=True, text=True, env=environment()
+    )
+    loaded = set(done.stderr.split())
+    assert "click" in loaded
+    assert not {"torch", "numpy", "gguf", "rich"} & loaded
+    told = " ".join(done.stdout.split())
+    for name, (entry,) in entries("moeforge.verbs").items():
+        assert entry.summary == entry.load().summary, name
+        assert entry.summary in told
+
+
 def test_every_verb_and_method_is_listed():
     shown = run("plugins", check=True).out
     assert "broken" not in shown

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -250,9 +251,9 @@ def _open_base(path: Path, settings: Mapping[str, Any], open_base: OpenBase) -> 
         raise BadInput(
             f"{path / CONFIG}: base_model_name_or_path is {base!r}; write the path or Hub id of the base there"
         )
-    beside = path / base
-    if not Path(base).exists() and beside.exists():  # a relative path, seen from the adapter
-        base = str(beside)
+    beside = os.path.join(path, base)
+    if not os.path.exists(base) and os.path.exists(beside):  # a relative path, seen from the adapter
+        base = beside
     return open_base(base, settings.get("revision"))
 
 

@@ -61,8 +61,9 @@ def open_checkpoint(
 
 
 def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize: bool | None) -> Checkpoint:
-    path = Path(ref).expanduser()
-    if path.is_file():
+    # of os.path, as an adapter names its base as it likes: these take a name of any length and of no user
+    path = Path(os.path.expanduser(ref))
+    if os.path.isfile(path):
         if _is_gguf(path):
             from .gguf import GGUFCheckpoint
 
@@ -80,7 +81,7 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
 
         return MergedAdapter(directory, open_base=open_base, ref=ref, revision=revision)
 
-    if path.is_dir():
+    if os.path.isdir(path):
         from .directory import Folder, open_directory
         from .index import lone_gguf
 

@@ -123,6 +123,8 @@ REFUSALS = [
     ({"r": 9}, "rank"),
     ({"alpha_pattern": {"(": 3}}, "regular expression"),
     ({"base_model_name_or_path": None}, "base_model_name_or_path"),
+    ({"base_model_name_or_path": "x" * 5000}, "no such file or directory"),
+    ({"base_model_name_or_path": "~nobody-of-that-name/x"}, "no such file or directory"),
     ({"lora_alpha": "many"}, "lora_alpha"),
 ]
 

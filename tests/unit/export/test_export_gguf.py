@@ -204,7 +204,7 @@ def test_refuses_unknown_architectures_and_tensors(tmp_path):
 
     model, _ = tiny(AutoConfig.for_model("olmo2", **SIZES))
     model.save_pretrained(tmp_path / "o")
-    with pytest.raises(BadInput, match="olmo2.*not an architecture that moeforge writes.*convert_hf_to_gguf"):
+    with pytest.raises(BadInput, match=r"olmo2.*not an architecture that moeforge writes.*convert_hf_to_gguf"):
         plan("export", tmp_path / "o", to="gguf")
     build(tmp_path / "m", "llama")
     tensors = load_file(tmp_path / "m" / "model.safetensors")

@@ -277,6 +277,7 @@ def bytes_as_ids(checkpoint):
 def tokenized(monkeypatch):
     """Pretend that the tiny models have a tokenizer: a byte is a token."""
     monkeypatch.setattr(measure, "encoder", bytes_as_ids)
+    monkeypatch.setattr(measure, "starting_encoder", lambda checkpoint, ctx: bytes_as_ids(checkpoint))
     monkeypatch.setattr(measure, "has_tokenizer", lambda checkpoint: True)
 
 

@@ -5,7 +5,10 @@ A leaf module: it imports nothing of ours, and every package may import it.
 An error message has three parts in one line: what was asked, what was found (values, file, tensor), what to do.
 """
 
+import re
 from enum import IntEnum
+
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ExitCode(IntEnum):
@@ -89,6 +92,12 @@ class ReaderGone(MoeforgeError):
 def printable(text: str) -> str:
     """`text` with what a terminal would obey (control characters, line breaks) written out as escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def tame(text: str) -> str:
+    """`text` of many lines with what a terminal would obey written out as escapes; line breaks and tabs stay, and so does
+    every character that is only unusual."""
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def one_line(text: object) -> str:

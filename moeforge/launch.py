@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import click
 
-from .errors import BadInput, UsageProblem
+from .errors import BadInput, UsageProblem, tame
 from .options import Spec, build, did_you_mean, opt, read_toml, specs
 from .pipeline.artifact import Artifact, locate, parse_line
 from .pipeline.context import Context
@@ -77,13 +77,16 @@ def choose(verb: Command, given: dict[str, Any]) -> Chosen:
     """
     path = given.get("config")
     written = read_toml(path) if path is not None else {}
-    shared = {name for name in COMMON if verb.is_stage or name not in OF_STAGES}
-    mine = {s.name for s in specs(verb.stage.Options)}
-    theirs = {s.name for s in specs(verb.method.Options)} if verb.method is not None else set()
-    known = sorted((mine | theirs | shared) - ON_THE_LINE)
-    for name in written:
+    shared = {s.name: s for s in specs(Common) if verb.is_stage or s.name not in OF_STAGES}
+    mine = {s.name: s for s in specs(verb.stage.Options)}
+    theirs = {s.name: s for s in specs(verb.method.Options)} if verb.method is not None else {}
+    table = mine | theirs | shared
+    known = sorted(set(table) - ON_THE_LINE)
+    for name, value in written.items():
         if name not in known:
             raise UsageProblem(f"--config {path}: unknown option {name!r}: {did_you_mean(name, known)}")
+        if name not in given:
+            _check_written(path, table[name], value)
     values = {**written, **given}
     common = build(Common, {k: v for k, v in values.items() if k in shared})
     options = build(verb.stage.Options, {k: v for k, v in values.items() if k in mine})
@@ -97,7 +100,23 @@ def choose(verb: Command, given: dict[str, Any]) -> Chosen:
 def method_named(config: str | None) -> str | None:
     """The method that a `--config` file names."""
     found = {} if config is None else read_toml(Path(config))
-    return build(Common, {"method": found["method"]}).method if "method" in found else None
+    if "method" not in found:
+        return None
+    (spec,) = (spec for spec in specs(Common) if spec.name == "method")
+    _check_written(config, spec, found["method"])
+    return found["method"]
+
+
+def _check_written(path: object, spec: Spec, value: Any) -> None:
+    """Refuse a value of a `--config` file that is not of its option's type.
+
+    Raises:
+        UsageProblem: names the file beside the option.
+    """
+    try:
+        spec.convert(value)
+    except UsageProblem as error:
+        raise UsageProblem(f"--config {path}: {error}") from error
 
 
 def split_words(verb: Command, words: tuple[str, ...]) -> tuple[list[str | None], dict[str, str]]:
@@ -117,17 +136,36 @@ def split_words(verb: Command, words: tuple[str, ...]) -> tuple[list[str | None]
     return sources, {spec.name: word for spec, word in zip(verb.positional, rest, strict=False)}
 
 
-def source(word: str | None, verb: str) -> Artifact:
-    """The artifact that a SRC word names; None and `-` read the reference from stdin."""
+def source(word: str | None, verb: str, taken: str = "") -> Artifact:
+    """The artifact that a SRC word names; None and `-` read the reference from stdin.
+
+    Args:
+        taken: what became of the words that were given instead, for messages.
+
+    Raises:
+        BadInput: nothing came through stdin, or no reference did.
+        UsageProblem: stdin is a terminal.
+    """
     if word not in (None, "-"):
         return locate(str(word))
     if word is None and sys.stdin is not None and sys.stdin.isatty():
         raise UsageProblem(
-            f"{verb} needs SRC (a directory, file or Hub id), or a reference piped in; see `moeforge {verb} --help`"
+            f"{verb} needs SRC (a directory, file or Hub id), or a reference piped in{taken}; see `moeforge {verb} --help`"
         )
     if sys.stdin is None:
-        raise BadInput("no SRC was given and stdin is closed")
-    return parse_line(sys.stdin.read())
+        raise BadInput(f"no SRC was given{taken} and stdin is closed")
+    text = sys.stdin.read()
+    if word is None and not text.strip():
+        raise BadInput(f"stdin was empty and no SRC was given{taken}: name a directory, a file or a Hub id; in a pipe, the stage "
+                       "before printed no reference, see its message")  # fmt: skip
+    return parse_line(text)
+
+
+def _taken(words: list[str | None], positional: dict[str, str], verb: Command) -> str:
+    """`moeforge generate moe` gives a PROMPT and no SRC, whatever was meant; say so."""
+    named = {spec.name: spec.metavar for spec in verb.positional}
+    told = ", ".join(f"{word!r} was taken as {named[name]}" for name, word in positional.items())
+    return f" ({told})" if told and words == [None] else ""
 
 
 def reader_alive() -> bool:
@@ -149,12 +187,18 @@ def launch(verb: Command, given: dict[str, Any]) -> int:
     from .pipeline import run as pipeline
 
     words, positional = split_words(verb, given.pop("places", ()))
-    chosen = choose(verb, {**given, **positional})
+    taken = _taken(words, positional, verb)
+    try:
+        chosen = choose(verb, {**given, **positional})
+    except UsageProblem as error:
+        if taken and any(repr(word) in str(error) for word in positional.values()):
+            raise UsageProblem(f"{error}; no SRC was given before it{taken}") from error
+        raise
     progress = Progress(verb.entry.name, chosen.common.progress, chosen.common.quiet)
-    ctx = Context(verb.entry.name, progress, pipeline.home(), _reader_check=reader_alive)
+    ctx = Context(verb.entry.name, progress, pipeline.home(), resumes=verb.is_stage, _reader_check=reader_alive)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stopper(ctx))
-    sources = [source(word, verb.entry.name) for word in words]
+    sources = [source(word, verb.entry.name, taken) for word in words]
     with tamed(progress):
         return _stage(verb, chosen, sources[0], ctx) if verb.is_stage else _query(verb, chosen, sources, ctx)
 
@@ -165,7 +209,8 @@ def _query(verb: Command, chosen: Chosen, sources: list[Artifact], ctx: Context)
     for src in sources:
         check_kind(verb.stage, src)
     answer = verb.stage.answer(sources, chosen.options, ctx)
-    click.echo(json.dumps(answer.data) if chosen.common.json else answer.text)
+    # what was found in a checkpoint may come from a stranger, and a terminal obeys it
+    click.echo(json.dumps(answer.data) if chosen.common.json else tame(answer.text))
     return answer.exit_code
 
 
@@ -200,7 +245,7 @@ def _stage(verb: Command, chosen: Chosen, src: Artifact, ctx: Context) -> int:
 def _stopper(ctx: Context) -> Any:
     def stop(signum: int, frame: Any) -> None:
         if ctx.interrupted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"interrupted; {ctx.way_on}")
         ctx.interrupted = True
         ctx.progress.stream.write(f"{ctx.verb}: stopping at the next safe point; press Ctrl-C again to stop at once\n")
 

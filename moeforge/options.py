@@ -129,7 +129,10 @@ class Spec:
                 raise UsageProblem(f"{self.flag} {value!r}: {did_you_mean(str(value), self.choices)}")
             return value
         if self.type is Bytes:
-            return Bytes.parse(value)
+            try:
+                return Bytes.parse(value)
+            except UsageProblem as error:
+                raise UsageProblem(f"{self.flag}: {error}") from error
         if self.reads:
             if not isinstance(value, str | Path):
                 raise UsageProblem(f"{self.flag} is a path, not {value!r}")

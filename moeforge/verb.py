@@ -5,6 +5,7 @@ Conversion and bounds are left to `options.build`, which the `--config` file sha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from click.shell_completion import CompletionItem
 from . import registry
 from .errors import UsageProblem
 from .launch import COMMON, OF_STAGES, Common, launch, method_named
-from .options import Spec, specs
+from .options import Bytes, Spec, format_bytes, specs
 from .pipeline.stage import is_stage
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
@@ -77,7 +78,24 @@ class Verb(click.Command):
             except UsageProblem as error:
                 if not ctx.resilient_parsing:
                     raise click.UsageError(str(error), ctx) from error
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if having := self._methods_with(error.option_name):
+                told = f"{' and '.join(f'--method {name}' for name in having)} {'have' if having[1:] else 'has'} it"
+                raise click.UsageError(f"{error.format_message().rstrip('.')}; {told}", ctx) from error
+            raise
+
+    def _methods_with(self, flag: str) -> list[str]:
+        """The methods of this verb that have an option which the chosen one lacks."""
+        found = []
+        for name, providers in registry.entries(f"moeforge.{self.stage.name}").items() if self.has_methods else ():
+            for entry in providers:
+                # a broken one is reported where it is used or listed, not where another option was mistyped
+                with contextlib.suppress(UsageProblem):
+                    if any(flag in (spec.flag, f"--no-{spec.flag[2:]}") for spec in specs(entry.load().Options)):
+                        found.append(name)
+        return found
 
     def _add_method(self, name: str) -> None:
         entry = registry.find(f"moeforge.{self.stage.name}", name, f"{self.stage.name} method")
@@ -120,6 +138,8 @@ def _option(spec: Spec, pair: bool = True) -> click.Option:
         help_text += " [required]"
     elif spec.default not in (None, (), "") and (pair or spec.type is not bool):
         shown = ("on" if spec.default else "off") if spec.type is bool else spec.default
+        if isinstance(shown, Bytes):
+            shown = format_bytes(shown)
         help_text += f" [default: {', '.join(map(str, shown)) if isinstance(shown, tuple) else shown}]"
     if spec.many:
         help_text += " (may be repeated)"

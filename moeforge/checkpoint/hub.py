@@ -25,6 +25,9 @@ from .tensor import Companion
 FIRST_REQUEST = 100_000
 """Bytes of a file asked for at first: nearly every header is smaller."""
 ADAPTER = "adapter_config.json"
+LOCAL = "if a local path is meant, check its spelling: there is none of this name"
+UNREACHED = f"{LOCAL}; HF_HUB_OFFLINE=1 makes do with what was downloaded before"
+"""What to do where the network does not answer."""
 
 
 @contextlib.contextmanager
@@ -53,7 +56,7 @@ def hub_errors(ref: str) -> Iterator[None]:
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise MachineLacks(
-            f"{ref}: not in the local cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+            f"{ref}: not in the local cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set); {LOCAL}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise BadInput(f"{ref}: the repository lacks a file that it should have; its upload is incomplete") from error
@@ -73,11 +76,11 @@ def hub_errors(ref: str) -> Iterator[None]:
             raise MachineLacks(f"{ref}: the disk of the Hub's cache is full; free some room or set HF_HOME") from error
         if not _of_network(error):
             raise
-        raise MachineLacks(f"{ref}: the Hub cannot be reached ({type(error).__name__})") from error
+        raise MachineLacks(f"{ref}: the Hub cannot be reached ({type(error).__name__}); {UNREACHED}") from error
     except Exception as error:
         if not _of_network(error):
             raise
-        raise MachineLacks(f"{ref}: the Hub cannot be reached ({type(error).__name__})") from error
+        raise MachineLacks(f"{ref}: the Hub cannot be reached ({type(error).__name__}); {UNREACHED}") from error
 
 
 def _of_network(error: Exception) -> bool:

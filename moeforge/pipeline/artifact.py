@@ -57,7 +57,7 @@ def parse_line(text: str) -> Artifact:
     """The artifact named by the last non-empty line of a pipe: a JSON reference, or a bare path or Hub id.
 
     Raises:
-        BadInput: empty text (the stage before failed), broken JSON, or a newer major version.
+        BadInput: empty text (the stage before failed), JSON that is broken or no reference, or a newer major version.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
@@ -66,14 +66,16 @@ def parse_line(text: str) -> Artifact:
         )
     last = lines[-1]
     if not last.startswith("{"):
+        if (whole := _json(text)) is not None:  # a file of JSON, whose last line is `}`
+            raise _no_reference(whole)
         return locate(last)
-    try:
-        body = json.loads(last)
-    except json.JSONDecodeError as error:
-        raise BadInput(
-            f"stdin is not an artifact reference: {error}; expected the last line of another moeforge verb"
-        ) from error
-    if body.get("moeforge") != SCHEMA:
+    body = _json(last)
+    if body is None:
+        raise BadInput("stdin is not an artifact reference: its last line is not valid JSON; expected the last line of another "
+                       "moeforge verb")  # fmt: skip
+    if not isinstance(body, dict) or "moeforge" not in body:
+        raise _no_reference(body)
+    if body["moeforge"] != SCHEMA:
         raise BadInput(f"stdin holds a reference of version {body.get('moeforge')!r}, this moeforge reads version {SCHEMA}; "
                        "use the same release at both ends of the pipe")  # fmt: skip
     if body.get("kind") == "plan":
@@ -89,6 +91,25 @@ def parse_line(text: str) -> Artifact:
             f"{where} changed since the stage before wrote it: digest {found.digest}, reference says {body['digest']}"
         )
     return found
+
+
+def _json(text: str) -> Any:
+    """The object or list that `text` holds, None when it holds none."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _no_reference(body: Any) -> BadInput:
+    """What to say of JSON that is no reference."""
+    if isinstance(body, dict) and "schema" in body and "files" in body:
+        return BadInput("stdin holds a manifest, not a reference; pass the directory that it lies in")
+    held = f"an object of {', '.join(map(repr, sorted(body)[:5]))}" if isinstance(body, dict) else "a list"
+    return BadInput(f"stdin holds JSON that is not a reference of moeforge's ({held}); pass a directory, a file or a Hub id, or "
+                    "the line that another moeforge verb prints")  # fmt: skip
 
 
 def locate(ref: str) -> Artifact:
@@ -180,7 +201,8 @@ class Plan:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     """Planned output tensors: name -> (dtype, shape)."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Sizes and counts: parameters_total, parameters_active, read_bytes, write_bytes, peak_memory_bytes, ..."""
+    """Sizes and counts: parameters_total, parameters_active, read_bytes, write_bytes, peak_memory_bytes, ...; `files` is a
+    table of names and bytes."""
     verdicts: dict[str, Any] = field(default_factory=dict)
     """Promises: `exact` (bool), `portability` ({runtime: exact|inexact|unsupported}), `allowed_inexact`, ..."""
     warnings: tuple[str, ...] = ()

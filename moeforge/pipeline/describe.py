@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..errors import printable
 from ..options import format_bytes
 from .artifact import Plan
 
 if TYPE_CHECKING:
     from .run import Outcome
+
+FILES_SHOWN = 20
+"""Files that a plan lists for people; the plan itself has them all."""
 
 
 def describe_value(name: str, value: Any) -> str:
@@ -36,14 +40,26 @@ def rows(table: Mapping[str, Any]) -> list[str]:
     return [f"  {name.replace('_', ' ') + ':':<{width}} {describe_value(name, value)}" for name, value in table.items()]
 
 
+def describe_files(sizes: Mapping[str, int]) -> list[str]:
+    """One line a file (name -> bytes), the largest first."""
+    ranked = sorted(sizes.items(), key=lambda row: (-row[1], row[0]))
+    lines = [f"    {format_bytes(size):>8}  {name}" for name, size in ranked[:FILES_SHOWN]]
+    if rest := ranked[FILES_SHOWN:]:
+        lines.append(f"    {format_bytes(sum(size for _, size in rest)):>8}  in {len(rest)} more")
+    return lines
+
+
 def describe_plan(plan: Plan) -> list[str]:
     """The human form of `--dry-run`."""
-    lines = [f"plan: {plan.summary}", *rows(plan.facts)]
+    files = plan.facts.get("files", {})
+    lines = [f"plan: {plan.summary}", *rows({name: value for name, value in plan.facts.items() if name != "files"})]
+    if files:
+        lines += ["  files:", *describe_files(files)]
     if plan.tensors:
         lines += rows({"tensors": len(plan.tensors)})
     if plan.verdicts:
         lines += ["promises:", *rows(plan.verdicts)]
-    return lines
+    return [printable(line) for line in lines]
 
 
 def describe_outcome(outcome: Outcome) -> list[str]:

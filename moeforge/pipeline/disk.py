@@ -30,8 +30,11 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(output: Path) -> Iterator[None]:
+def disk_errors(output: Path, named: str = "-o") -> Iterator[None]:
     """Turn 'disk full', 'read-only' and 'no permission' into one line each.
+
+    Args:
+        named: the option or variable that chose `output`.
 
     Raises:
         MachineLacks: with what is free at `output`, for those three; other errors pass.
@@ -46,14 +49,17 @@ def disk_errors(output: Path) -> Iterator[None]:
                                "same command again, it resumes") from error  # fmt: skip
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise MachineLacks(
-                f"cannot write {error.filename or output}: {error.strerror}; choose another -o"
+                f"cannot write {error.filename or output}: {error.strerror}; choose another {named}"
             ) from error
         raise
 
 
 @contextlib.contextmanager
-def place_errors(output: Path) -> Iterator[None]:
+def place_errors(output: Path, named: str = "-o") -> Iterator[None]:
     """Turn 'not a directory', 'name too long' and the like, met while a place is made, into one line.
+
+    Args:
+        named: see :func:`disk_errors`.
 
     Raises:
         UsageProblem: nothing can be made at `output`, whoever asks; see :func:`disk_errors` for what this machine lacks.
@@ -63,5 +69,7 @@ def place_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
             where = f" (at {error.filename})" if error.filename and str(error.filename) != str(output) else ""
-            raise UsageProblem(f"-o {output} cannot be made: {error.strerror}{where}; choose another -o") from error
+            raise UsageProblem(
+                f"{named} {output} cannot be made: {error.strerror}{where}; choose another {named}"
+            ) from error
         raise

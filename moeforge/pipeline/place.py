@@ -23,8 +23,11 @@ from .journal import JOURNAL
 Kind = Literal["directory", "file"]
 
 
-def keep_apart(output: Path, sources: Iterable[Path]) -> None:
+def keep_apart(output: Path, sources: Iterable[Path], named: str = "-o") -> None:
     """Refuse an output that is, contains or lies inside something that the run reads.
+
+    Args:
+        named: the option or variable that chose `output`, for messages.
 
     Raises:
         UsageProblem: naming both.
@@ -38,7 +41,7 @@ def keep_apart(output: Path, sources: Iterable[Path]) -> None:
             if held in place.parents:
                 how = "lies inside"
             if how:
-                raise UsageProblem(f"-o {output} {how} {source}, which this run reads; choose another -o")
+                raise UsageProblem(f"{named} {output} {how} {source}, which this run reads; choose another {named}")
 
 
 def check_free(output: Path, kind: Kind, force: bool) -> None:
@@ -49,16 +52,26 @@ def check_free(output: Path, kind: Kind, force: bool) -> None:
     """
     if not os.path.lexists(output):
         return
-    if not force:
+    why = _kept(output, kind)
+    if why is None and not force:
         raise UsageProblem(f"{output} exists{_describe(output)}; remove it, choose another -o, or pass --force")
+    if why is not None:
+        what = f"the {'directory' if output.is_dir() else 'file'} {output}"
+        told = f"--force does not replace {what}" if force else f"{what} exists and is kept even with --force"
+        raise UsageProblem(f"{told}: {why}; move it away or choose another -o")
+
+
+def _kept(output: Path, kind: Kind) -> str | None:
+    """Why even `--force` leaves an existing output alone, None when it may go."""
     if output.is_symlink():
-        return
-    if output.is_dir() and (kind == "file" or not (_made_here(output) or not any(output.iterdir()))):
-        why = "this verb writes one file" if kind == "file" else f"it has no {MANIFEST} of moeforge's"
-        raise UsageProblem(f"--force does not replace the directory {output}: {why}; move it away or choose another -o")
-    if not output.is_dir() and (kind == "directory" or (file_kind(output) is None and output.stat().st_size)):
-        why = "this verb writes a directory" if kind == "directory" else "moeforge did not write it"
-        raise UsageProblem(f"--force does not replace the file {output}: {why}; move it away or choose another -o")
+        return None
+    if output.is_dir():
+        if kind == "file":
+            return "this verb writes one file"
+        return None if _made_here(output) or not any(output.iterdir()) else f"it has no {MANIFEST} of moeforge's"
+    if kind == "directory":
+        return "this verb writes a directory"
+    return "moeforge did not write it" if file_kind(output) is None and output.stat().st_size else None
 
 
 def file_kind(file: Path) -> str | None:

@@ -100,9 +100,43 @@ def check_kind(stage: Any, src: Artifact) -> None:
 
 
 def plan_stage(request: Request, src: Artifact) -> Plan:
-    """The stage's plan; pure."""
-    check_kind(request.stage, src)
-    return request.stage.plan(src, request.options, request.method)
+    """The stage's plan, refused for what a run would be refused for before it begins; writes nothing.
+
+    Raises:
+        MoeforgeError: what is read cannot be opened, the output lies in it, or what was asked cannot be done.
+    """
+    ready = _prepare(request, src, home())
+    return request.stage.plan(ready.src, request.options, ready.method)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A request whose inputs are pinned and whose output is apart from them."""
+
+    src: Artifact
+    method: Bound | None
+    key: str
+    output: Path
+    named: str
+    """What chose the output: the option or the variable."""
+
+
+def _prepare(request: Request, src: Artifact, place: Path) -> Ready:
+    """Pin what is read, find where the output goes, and keep the two apart.
+
+    Args:
+        place: `Context.home`.
+    """
+    stage = request.stage
+    check_kind(stage, src)
+    src, source_digest = pin(src, request.options)
+    method, inputs = pin_inputs(stage, request.options, request.method)
+    key = run_key(stage.name, src, source_digest, request.options, method, request.owners, inputs)
+    suffix = ".json" if stage.output == "file" else ""
+    output = _absolute(request.output or place / "artifacts" / f"{stage.name}-{key[:16]}{suffix}")
+    named = "-o" if request.output is not None else "MOEFORGE_HOME"
+    keep_apart(output, _read_from(src, request.options, method), named)
+    return Ready(src, method, key, output, named)
 
 
 def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
@@ -112,13 +146,8 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
         MoeforgeError: whatever goes wrong; an unfinished staging directory is left for the next try to resume.
     """
     stage = request.stage
-    check_kind(stage, src)
-    src, source_digest = pin(src, request.options)
-    method, inputs = pin_inputs(stage, request.options, request.method)
-    key = run_key(stage.name, src, source_digest, request.options, method, request.owners, inputs)
-    suffix = ".json" if stage.output == "file" else ""
-    output = _absolute(request.output or ctx.home / "artifacts" / f"{stage.name}-{key[:16]}{suffix}")
-    keep_apart(output, _read_from(src, request.options, method))
+    ready = _prepare(request, src, ctx.home)
+    src, method, key, output = ready.src, ready.method, ready.key, ready.output
 
     if stage.output == "directory" and os.path.isdir(output) and not request.force:
         manifest = read_manifest(output)
@@ -133,7 +162,7 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
     started = time.monotonic()
     # a receipt may replace a receipt
     force = request.force or (stage.output == "file" and file_kind(output) == stage.produces)
-    with claim(output, key, force, stage.output) as space, disk_errors(output):
+    with claim(output, key, force, stage.output, ready.named) as space, disk_errors(output, ready.named):
         if space.manifest is not None:
             ctx.say(f"{output} was complete but for its name; nothing is made again")
             space.publish(force)

@@ -62,8 +62,11 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def claim(output: Path, key: str, force: bool, kind: Kind = "directory") -> Iterator[Workspace]:
+def claim(output: Path, key: str, force: bool, kind: Kind = "directory", named: str = "-o") -> Iterator[Workspace]:
     """Open the staging directory for `output`, resuming an unfinished run with the same key.
+
+    Args:
+        named: the option or variable that chose `output`, for messages.
 
     Raises:
         UsageProblem: the output exists and may not be replaced, cannot be made, or another process is writing it now.
@@ -71,8 +74,8 @@ def claim(output: Path, key: str, force: bool, kind: Kind = "directory") -> Iter
     """
     check_free(output, kind, force)
     partial = output.with_name(output.name + ".partial")
-    with disk_errors(output):
-        with place_errors(output):
+    with disk_errors(output, named):
+        with place_errors(output, named):
             output.parent.mkdir(parents=True, exist_ok=True)
             lock = _lock(partial, output)
         try:

@@ -1,5 +1,6 @@
 """The command around the verbs: typed common options, broken plugins, and how a process ends."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, make_dataclass
@@ -9,11 +10,12 @@ import pytest
 
 from moeforge import cli, registry
 from moeforge.checkpoint import architectures
-from moeforge.errors import BadInput, UsageProblem
+from moeforge.errors import BadInput, UsageProblem, tame
 from moeforge.launch import choose, method_named
 from moeforge.options import opt
 from moeforge.registry import Entry
 from moeforge.testing.command import environment, moeforge_argv, run
+from moeforge.testing.models import save_tiny
 from moeforge.verb import Verb
 
 
@@ -52,6 +54,16 @@ def config(tmp_path):
 def test_a_config_file_is_as_typed_as_the_command_line(config, line, said):
     with pytest.raises(UsageProblem, match=said):
         choose(verb(), {"config": config(line + "\n")})
+
+
+def test_a_value_that_does_not_fit_names_the_file_that_it_stands_in(config):
+    for line in ('experts = "many"', "method = 5", "output = 5", 'max_memory = "lots"'):
+        file = config(line + "\n")
+        with pytest.raises(UsageProblem, match=f"--config {file}: --{line.split()[0].replace('_', '-')}"):
+            choose(verb(), {"config": file})
+    with pytest.raises(UsageProblem, match=r"--config .*r\.toml: --method"):
+        method_named(str(config("method = 5\n")))
+    assert choose(verb(), {"config": config('experts = "many"\n'), "experts": 6}).options.experts == 6
 
 
 def test_common_options_of_a_file_reach_the_run_and_flags_win(config):
@@ -196,6 +208,70 @@ def test_the_bare_command_shows_the_help_as_it_is():
     assert done.code == 2
     assert done.err == run("--help").out
     assert len(done.err.splitlines()) > 20
+
+
+def test_sizes_in_the_help_are_sizes():
+    (option,) = (param for param in verb().params if param.name == "max_shard_size")
+    assert "[default: 5 GB]" in option.help
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["upcycle"], 3, ["stdin was empty", "no SRC was given", "stage before"]),
+        (["show"], 3, ["stdin was empty", "no SRC was given"]),
+        (["show", "-"], 3, ["stdin was empty: the stage before"]),
+        (["generate", "moe"], 3, ["stdin was empty", "no SRC was given ('moe' was taken as PROMPT)"]),
+        (["push", "org/moe"], 3, ["no SRC was given ('org/moe' was taken as REPO)"]),
+        (["push", "moe"], 2, ["'moe' is not a Hub repository", "no SRC was given before it ('moe' was taken as REPO)"]),
+        (["upcycle", "x", "--granularity", "4"], 2, ["'--granularity'", "--method split and --method shared have it"]),
+        (["upcycle", "x", "--expert", "4"], 2, ["--experts", "--method btx has it"]),
+        (["upcycle", "x", "--no-such"], 2, ["No such option '--no-such'"]),
+    ],
+)
+def test_a_missing_source_and_another_methods_option_say_what_to_do(words, code, said):
+    done = run(*words)
+    assert done.code == code
+    assert all(part in done.err for part in said), done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_source_left_out_at_a_terminal_names_what_became_of_the_words(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", open_terminal := Terminal())
+    assert open_terminal.isatty()
+    with pytest.raises(UsageProblem, match=r"needs SRC .* \('moe' was taken as PROMPT\)"):
+        verb("generate").main(["moe"], standalone_mode=False)
+
+
+class Terminal:
+    def isatty(self):
+        return True
+
+
+def test_what_a_config_holds_moves_no_cursor(tmp_path):
+    dense = save_tiny(tmp_path / "dense", "llama")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"architectures": ["Llama\x1b[2J\x9b1mForCausalLM"]}))
+    shown = run("show", dense, check=True).out
+    assert "Llama\\x1b[2J\\x9b1mForCausalLM" in shown
+    assert "\x1b" not in shown and len(shown.splitlines()) > 5
+    assert tame("a\tb\n\u3000\r\x00") == "a\tb\n\u3000\\r\\x00"
+
+
+def test_a_default_place_that_cannot_be_made_names_the_variable(tmp_path):
+    dense = save_tiny(tmp_path / "dense", "llama")
+    failed = run("export", dense, "--to", "hf", env={"MOEFORGE_HOME": "/proc/x"})
+    assert failed.code == 2
+    assert "MOEFORGE_HOME /proc/x/artifacts" in failed.err and "choose another MOEFORGE_HOME" in failed.err
+    assert "-o" not in failed.err.split()
+
+
+@pytest.mark.parametrize(("where", "how"), [("dense/in", "lies inside"), ("dense", "is"), (".", "contains")])
+def test_a_dry_run_refuses_the_places_that_a_run_refuses(tmp_path, where, how):
+    dense = save_tiny(tmp_path / "dense", "llama")
+    for words in ((), ("--dry-run",)):
+        refused = run("export", dense, "--to", "hf", "-o", tmp_path / where, *words)
+        assert refused.code == 2 and f" {how} {dense}, which this run reads" in refused.err, refused.err
 
 
 def test_debug_adds_a_traceback_and_keeps_the_exit_code():

@@ -55,7 +55,7 @@ def test_values_are_converted_and_come_back_as_json():
         ({"experts": 8.5}, "whole number"),
         ({"experts": True}, "is a number"),
         ({"experts": 8, "scale": "dwon"}, "did you mean 'down'"),
-        ({"experts": 8, "memory": "4 parsecs"}, "not a size"),
+        ({"experts": 8, "memory": "4 parsecs"}, "--memory: not a size: '4 parsecs'"),
         ({"experts": 8, "verify": "yes"}, "on or off"),
         ({"experts": 8, "workers": None}, "needs a value"),
         ({"experts": 13}, "unlucky"),

@@ -75,6 +75,19 @@ def test_force_leaves_other_peoples_directories_alone(world, join, tmp_path, man
     assert not (tmp_path / "par.partial").exists()
 
 
+@pytest.mark.parametrize("name", ["par", "afile"])
+def test_force_is_not_advised_where_it_would_refuse(world, join, tmp_path, name):
+    src, options = world
+    (tmp_path / "par").mkdir()
+    (tmp_path / "par" / "thesis.txt").write_text("x")
+    (tmp_path / "afile").write_text("x")
+    with pytest.raises(UsageProblem, match=f"{name} exists and is kept even with --force: .*; move it away or"):
+        join(src, tmp_path / name, **options)
+    join(src, tmp_path / "out", **options)
+    with pytest.raises(UsageProblem, match="or pass --force"):
+        join(src, tmp_path / "out", **{**options, "notes": None})
+
+
 @pytest.mark.parametrize("target", ["par", "nowhere"])
 def test_of_a_symlink_only_the_link_is_replaced(world, join, tmp_path, target):
     src, options = world

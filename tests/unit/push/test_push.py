@@ -9,6 +9,7 @@ from safetensors.numpy import save
 
 from moeforge.checkpoint.digest import artifact_digest, file_digest
 from moeforge.hub import redact
+from moeforge.options import format_bytes
 from moeforge.testing.command import run
 from moeforge.testing.hub_server import MIDWAY, HubServer
 from moeforge.testing.models import save_tiny
@@ -98,6 +99,22 @@ def test_dry_run_contacts_nobody(push, hub, artifact):
     assert plan["facts"]["upload_bytes"] == sum(plan["facts"]["files"].values())
     assert set(plan["facts"]["files"]) == {*FILES, "README.md", "moeforge.json"}
     assert hub.requests == []
+    sizes = plan["facts"]["files"]
+    largest = max(sizes, key=sizes.get)
+    told = result.err[result.err.index("files:") :].splitlines()[1:]
+    assert len(told) == len(sizes)
+    assert format_bytes(sizes[largest]) in told[0] and largest in told[0]
+    assert str(sizes[largest]) not in result.err
+
+
+def test_a_plan_of_many_files_lists_the_largest(push, artifact):
+    names = [f"part-{number:02}.bin" for number in range(30)]
+    for number, name in enumerate(names):
+        (artifact / name).write_bytes(bytes(20_000 + number))
+    describe(artifact, names)
+    told = push(artifact, "org/made", "--dry-run").err
+    assert all((name in told) == (number >= 10) for number, name in enumerate(names)), told
+    assert "in 12 more" in told  # ten of these, the card and the manifest
 
 
 def test_branch_new_and_existing_and_pull_request(push, hub, artifact, tmp_path):

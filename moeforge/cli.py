@@ -176,7 +176,8 @@ def _ending(verb: str, error: BaseException) -> int:
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
-        return _tell(verb, "interrupted; run the same command again to resume", ExitCode.INTERRUPTED)
+        told = str(error.__cause__ or error)  # click puts an Abort in the place of what the signal handler raised
+        return _tell(verb, told or "interrupted", ExitCode.INTERRUPTED)
     if isinstance(error, click.ClickException):
         return _tell(verb, error.format_message(), ExitCode.USAGE)
     if isinstance(error, MoeforgeError):

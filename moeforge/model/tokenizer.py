@@ -37,7 +37,7 @@ def load_tokenizer(ref: str | Checkpoint) -> PreTrainedTokenizerBase:
             return load_tokenizer(checkpoint)
     if not has_tokenizer(ref):
         raise BadInput(
-            f"{ref.ref} has no tokenizer files; pass a checkpoint that does, or text that is already token ids"
+            f"{ref.ref} has no tokenizer files, so text means nothing to it; copy them beside its weights"
         )
     from transformers import AutoTokenizer
 

@@ -20,12 +20,14 @@ class Context:
         verb: prefix of every line on stderr.
         progress: where bars, messages and warnings go (stderr only).
         home: `$MOEFORGE_HOME` (default `~/.cache/moeforge`).
+        resumes: the same command, run again, goes on where this run stopped: true of a stage, not of a query.
         interrupted: set by the signal handler; `check()` turns it into an exception at a safe point.
     """
 
     verb: str
     progress: Progress
     home: Path
+    resumes: bool = True
     interrupted: bool = False
     _reader_check: object = field(default=None, repr=False)
 
@@ -37,9 +39,14 @@ class Context:
             ReaderGone: the process at the other end of stdout has died.
         """
         if self.interrupted:
-            raise Interrupted("stopped; run the same command again to resume")
+            raise Interrupted(f"stopped; {self.way_on}")
         if callable(self._reader_check) and not self._reader_check():
             raise ReaderGone("the next stage of the pipe is gone; stopped early")
+
+    @property
+    def way_on(self) -> str:
+        """What whoever stopped the work can do."""
+        return "run the same command again to resume" if self.resumes else "the same command starts from the beginning"
 
     def bar(self, title: str, total: float | None, unit: str = "") -> Bar:
         """A progress bar with ETA: `with ctx.bar("writing", n_bytes, "B") as bar: bar.advance(k)`. `advance` also checks."""

@@ -94,10 +94,12 @@ def measure_text(ref: str, options: Options, ctx: Context) -> dict[str, Any]:
 
     import transformers
 
+    from moeforge.model.compute import check_compute
     from moeforge.train.evaluation import Setting, measure
     from moeforge.train.hub_data import pinned
 
     transformers.logging.set_verbosity_error()
+    check_compute(options.device, options.dtype)
     setting = Setting(options.sequence_length, options.tokens, options.batch_size, options.seed, options.memory,
                       options.dtype, options.device)  # fmt: skip
     with contextlib.ExitStack() as stack:

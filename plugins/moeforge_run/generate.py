@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,16 +53,19 @@ class Generate:
         import transformers
 
         from moeforge.checkpoint import open_checkpoint
+        from moeforge.model.compute import check_compute
         from moeforge.model.load import load
         from moeforge.model.tokenizer import load_tokenizer
 
         transformers.logging.set_verbosity_error()
+        check_compute(options.device, options.dtype)
         began = time.monotonic()
         with open_checkpoint(
             sources[0].ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True
         ) as checkpoint:
             tokenizer = load_tokenizer(checkpoint)
             inputs = encode(tokenizer, options.prompt, options.chat)
+            check_length(len(inputs), options.max_new_tokens, checkpoint.config)
             ctx.say(f"loading {checkpoint.ref}")
             model = load(checkpoint, dtype=options.dtype, device=options.device)
         loaded = time.monotonic()
@@ -122,3 +126,19 @@ def encode(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
     if not ids:
         raise BadInput("the prompt is empty and this tokenizer adds no start token; write something to continue")
     return ids
+
+
+def check_length(prompt: int, new: int, config: Mapping[str, Any]) -> None:
+    """Refuse positions (numbers of tokens) that the model was never trained on; a model without a limit takes any.
+
+    Raises:
+        UsageProblem: names both numbers and the limit.
+    """
+    from moeforge.model.build import parse_config
+
+    # a family may call its limit otherwise (`n_positions`): transformers translates
+    limit = getattr(parse_config(config).get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or prompt + new <= limit:
+        return
+    told = f"a prompt of {prompt} tokens and --max-new-tokens {new} pass the model's max_position_embeddings = {limit}"
+    raise UsageProblem(f"{told}; use at most -n {limit - prompt}" if prompt < limit else f"{told}; shorten the prompt")

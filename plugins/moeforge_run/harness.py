@@ -33,9 +33,11 @@ def run_tasks(checkpoint: Checkpoint, options: Any, ctx: Context) -> dict[str, d
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
+    from moeforge.model.compute import check_compute
     from moeforge.model.load import load
     from moeforge.model.tokenizer import load_tokenizer
 
+    check_compute(options.device, options.dtype)
     tasks = [name for given in options.lm_eval for name in given.split(",") if name]
     manager = TaskManager()
     known = set(manager.all_tasks)

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from moeforge import launch
-from moeforge.errors import Interrupted, ReaderGone
+from moeforge import cli, launch
+from moeforge.errors import ExitCode, Interrupted, ReaderGone
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.progress import Progress
 
@@ -61,6 +61,23 @@ def test_a_bar_stops_when_the_user_or_the_reader_is_gone():
     ctx._reader_check = lambda: False
     with pytest.raises(ReaderGone), ctx.bar("x", None) as bar:
         bar.advance()
+
+
+@pytest.mark.parametrize(("resumes", "told"), [(True, "run the same command again to resume"),
+                                               (False, "the same command starts from the beginning")])  # fmt: skip
+def test_whoever_stops_a_run_is_told_what_the_same_command_would_do(resumes, told, monkeypatch, capsys):
+    ctx, _ = context()
+    ctx.resumes, stop = resumes, launch._stopper(ctx)
+    stop(2, None)
+    with pytest.raises(Interrupted, match=f"^stopped; {told}$"):
+        ctx.check()
+    # a second Ctrl-C ends at once, on its way through click
+    monkeypatch.setattr(cli.forge, "invoke", lambda _: stop(2, None))
+    monkeypatch.setattr("sys.argv", ["moeforge", "plugins"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err.strip() == f"plugins: error: interrupted; {told}"
 
 
 def test_a_closed_pipe_is_noticed_and_an_open_one_is_not(monkeypatch):

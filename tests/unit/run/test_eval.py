@@ -231,3 +231,12 @@ def test_the_command_prints_a_table_or_one_line_of_json(saved, text, tmp_path):
     assert "perplexity" in done.out and "60 tokens of" in done.out and "tokens/s" in done.out
     found = json.loads(run(*words, "--json", check=True).out)
     assert found["tokens"] == 60 and f"{found['perplexity']:.4g}" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"device": "nowhere"}, UsageProblem), ({"dtype": "foo"}, UsageProblem), ({"device": "cuda:99"}, MachineLacks)],
+)
+def test_a_device_or_type_that_is_not_there_is_refused(answer, saved, text, options, error):
+    with pytest.raises(error, match="|".join(options.values())):
+        answer(saved[1], data=(str(text[0]),), **options)

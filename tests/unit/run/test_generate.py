@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from moeforge.errors import BadInput, UsageProblem
+from moeforge.errors import BadInput, MachineLacks, UsageProblem
 from moeforge.options import build
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.progress import Progress
 from moeforge.testing.command import run
-from moeforge_run.generate import Generate, encode
+from moeforge.testing.models import save_tiny
+from moeforge_run.generate import Generate, check_length, encode
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -74,3 +75,37 @@ def test_stdout_holds_the_text_and_nothing_else(saved, answer):
     assert plain.out == wanted + "\n"
     found = json.loads(run("generate", "abc", "-n", 4, "--json", stdin=f"{saved[1]}\n", check=True).out)
     assert found["text"] == wanted
+
+
+def test_a_text_longer_than_the_model_knows_is_refused(answer, saved, tokenizer):
+    limit, prompt = saved[0].config.max_position_embeddings, len(tokenizer.encode("hello"))
+    assert answer("hello", max_new_tokens=limit - prompt).data["prompt_tokens"] == prompt
+    with pytest.raises(
+        UsageProblem, match=f"{prompt} tokens and --max-new-tokens 99999 .* = {limit}; .* -n {limit - prompt}$"
+    ):
+        answer("hello", max_new_tokens=99999)
+    with pytest.raises(UsageProblem, match=rf"max_position_embeddings = {limit}; shorten the prompt"):
+        answer("a" * limit, max_new_tokens=1)
+
+
+def test_the_limit_goes_by_the_name_that_the_family_gives_it():
+    check_length(9, 1, {"model_type": "gpt2", "n_positions": 10})
+    with pytest.raises(UsageProblem, match="= 10"):
+        check_length(9, 2, {"model_type": "gpt2", "n_positions": 10})
+    check_length(9, 10**6, {"model_type": "mamba"})
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"device": "nowhere"}, UsageProblem), ({"dtype": "foo"}, UsageProblem), ({"device": "cuda:99"}, MachineLacks)],
+)
+def test_a_device_or_type_that_is_not_there_is_refused(answer, options, error):
+    with pytest.raises(error, match="|".join(options.values())):
+        answer("hi", **options)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused_by_what_can_be_done(tmp_path):
+    ctx = Context("generate", Progress("generate", quiet=True), tmp_path)
+    where = save_tiny(tmp_path / "bare", "llama")
+    with pytest.raises(BadInput, match="no tokenizer files, so text means nothing to it; copy them beside its weights"):
+        Generate().answer([Artifact("checkpoint", str(where), where)], build(Generate.Options, {"prompt": "hi"}), ctx)

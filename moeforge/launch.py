@@ -102,8 +102,7 @@ def method_named(config: str | None) -> str | None:
     found = {} if config is None else read_toml(Path(config))
     if "method" not in found:
         return None
-    (spec,) = (spec for spec in specs(Common) if spec.name == "method")
-    _check_written(config, spec, found["method"])
+    _check_written(config, next(spec for spec in specs(Common) if spec.name == "method"), found["method"])
     return found["method"]
 
 

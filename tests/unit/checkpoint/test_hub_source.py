@@ -136,6 +136,7 @@ def test_a_revision_is_pinned_and_the_cache_answers_offline_or_without_a_network
     assert unplugged["bytes"] == online["bytes"]
     for lost in (ask("org/other", HF_HUB_OFFLINE="1"), ask("org/other", HF_ENDPOINT="http://127.0.0.1:9")):
         assert lost["error"] == "MachineLacks" and "org/other" in lost["message"]
+        assert "if a local path is meant, check its spelling" in lost["message"] and "HF_HUB_OFFLINE" in lost["message"]
 
 
 def test_what_cannot_be_had_is_one_line_without_the_token(hub, ask, state, save, tmp_path):

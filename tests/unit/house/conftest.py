@@ -10,7 +10,7 @@ from moeforge.options import build, opt
 from moeforge.pipeline.artifact import Plan, locate
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.progress import Progress
-from moeforge.pipeline.run import Request, run_stage
+from moeforge.pipeline.run import Request, plan_stage, run_stage
 from moeforge.pipeline.stage import Bound, Written
 
 
@@ -93,15 +93,20 @@ def artifact(tmp_path):
 
 @pytest.fixture
 def join(tmp_path, monkeypatch):
-    """(src, output, force=False, **options) -> the outcome of `join --method weave`; counts its runs in `join.stage.runs`."""
+    """(src, output, force=False, **options) -> the outcome of `join --method weave`; counts its runs in `join.stage.runs`.
+    `join.plan` takes the same and is its dry run."""
     stage = type("Fresh", (Join,), {"runs": 0})
 
-    def run(src, output, force=False, **options):
+    def request(output, force=False, **options):
         mine = {k: v for k, v in options.items() if k in StageOptions.__dataclass_fields__}
         theirs = {k: v for k, v in options.items() if k not in mine}
         bound = Bound("weave", Weave(), build(MethodOptions, theirs))
-        context = Context("join", Progress("join", "none", quiet=True), home=tmp_path / "home")
-        return run_stage(Request(stage(), build(StageOptions, mine), bound, output, force), locate(str(src)), context)
+        return Request(stage(), build(StageOptions, mine), bound, output, force)
 
+    def run(src, output, force=False, **options):
+        context = Context("join", Progress("join", "none", quiet=True), home=tmp_path / "home")
+        return run_stage(request(output, force, **options), locate(str(src)), context)
+
+    run.plan = lambda src, output, **options: plan_stage(request(output, **options), locate(str(src)))
     run.stage = stage
     return run

@@ -134,3 +134,11 @@ def test_a_reuse_cleans_up_after_a_run_that_was_killed_late(world, join, tmp_pat
     assert join(src, tmp_path / "out", **options).reused
     assert not (tmp_path / "out" / JOURNAL).exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == [name for name in before if name != ".out.old-4711"]
+
+
+def test_a_dry_run_pins_what_is_read_as_a_run_does(world, join, tmp_path):
+    src, options, _ = world
+    _, _, method = join.plan(src, tmp_path / "out", **options).payload
+    assert method.pinned == options["parent"]
+    with pytest.raises(BadInput, match="/nowhere: no such file"):
+        join.plan(src, tmp_path / "out", **options | {"parent": ("/nowhere",)})

@@ -44,6 +44,8 @@ def test_an_output_over_around_or_inside_what_is_read_is_refused(world, join, tm
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     with pytest.raises(UsageProblem, match=f" {how} .*, which this run reads"):
         join(src, tmp_path / out, force=force, **options)
+    with pytest.raises(UsageProblem, match=f" {how} .*, which this run reads"):
+        join.plan(src, tmp_path / out, force=force, **options)
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 

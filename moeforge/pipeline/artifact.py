@@ -201,8 +201,8 @@ class Plan:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     """Planned output tensors: name -> (dtype, shape)."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Sizes and counts: parameters_total, parameters_active, read_bytes, write_bytes, peak_memory_bytes, ...; `files` is a
-    table of names and bytes."""
+    """Sizes and counts: parameters_total, parameters_active, read_bytes, write_bytes, peak_memory_bytes, ...; `files` is their
+    number, or a table of names and bytes."""
     verdicts: dict[str, Any] = field(default_factory=dict)
     """Promises: `exact` (bool), `portability` ({runtime: exact|inexact|unsupported}), `allowed_inexact`, ..."""
     warnings: tuple[str, ...] = ()

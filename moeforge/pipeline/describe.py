@@ -51,9 +51,11 @@ def describe_files(sizes: Mapping[str, int]) -> list[str]:
 
 def describe_plan(plan: Plan) -> list[str]:
     """The human form of `--dry-run`."""
-    files = plan.facts.get("files", {})
-    lines = [f"plan: {plan.summary}", *rows({name: value for name, value in plan.facts.items() if name != "files"})]
-    if files:
+    files = plan.facts.get("files")
+    listed = isinstance(files, Mapping)  # some plans only count them
+    told = {name: value for name, value in plan.facts.items() if name != "files" or not listed}
+    lines = [f"plan: {plan.summary}", *rows(told)]
+    if listed:
         lines += ["  files:", *describe_files(files)]
     if plan.tensors:
         lines += rows({"tensors": len(plan.tensors)})

@@ -76,6 +76,9 @@ TOWERS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Keys under which models of several modalities keep the config of their text model."""
 SENSES = ("vision_config", "audio_config")
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What mixtures call the number of their experts."""
+
 FFN: tuple[Literal["gate"], Literal["up"], Literal["down"]] = ("gate", "up", "down")
 
 
@@ -199,7 +202,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """The family of a config.json.
 
     Raises:
-        BadInput: it names no model type, one that nobody has described, or one of a model of several modalities.
+        BadInput: it names no model type, one that nobody has described, one of a model of several modalities, or a mixture.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -209,6 +212,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         inner = f", whose text model is a {tower}" if tower else ""
         raise BadInput(f"config.json: model_type = {model_type!r} is a model of several modalities{inner}; only plain text "
                        "models are read: save its text model as a checkpoint of its own")  # fmt: skip
+    count = next((key for key in EXPERT_COUNTS if isinstance(config.get(key), int) and config[key] > 1), None)
+    if count is not None and model_type not in known():
+        raise BadInput(f"config.json: model_type = {model_type!r}, {count} = {config[count]}: this is already a mixture of experts, "
+                       "and only dense models become one; `moeforge tune` trains it, `moeforge show` describes it")  # fmt: skip
     return find(model_type)
 
 

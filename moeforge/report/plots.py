@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import MachineLacks, one_line
+
 
 def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     """A figure without a display, and its axes."""
+    # matplotlib refuses to be imported where this names something that is not installed, though no backend is used here
+    os.environ["MPLBACKEND"] = "agg"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def check_drawing() -> None:
+    """Draw an empty figure: what will be plotted after hours of work must not fail then.
+
+    Raises:
+        MachineLacks: matplotlib cannot be imported, or cannot draw.
+    """
+    try:
+        figure, _ = _axes(1, 1)
+        figure.savefig(io.BytesIO())
+    except Exception as error:  # an installation can be broken in any way
+        told = f"{type(error).__name__}: {one_line(error)}"
+        raise MachineLacks(
+            f"matplotlib, which draws the plots, does not work here ({told}); install it anew"
+        ) from error
 
 
 def _save(figure: Any, path: Path) -> None:

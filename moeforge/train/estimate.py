@@ -6,21 +6,25 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.architectures import ours
 from ..checkpoint.roles import role_of
 from ..checkpoint.tensor import TensorInfo
 from ..errors import UsageProblem
 
 
-def count_selected(tensors: Mapping[str, TensorInfo], select: str) -> int | None:
-    """How many parameters `--train select` will train; None where a pattern is on the model's names, not the file's.
+def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], select: str) -> int | None:
+    """How many parameters `--train select` will train; None where a pattern may be on names that only the loaded model
+    has: mixtures fuse their experts in memory, and families that nobody has described may rename anything.
 
     Raises:
-        UsageProblem: experts or routers of a checkpoint that has none.
+        UsageProblem: experts or routers of a checkpoint that has none, or a pattern that no parameter of a described dense
+            family matches.
     """
     experts = {name for name, info in tensors.items() if role_of(info) == "experts"}
     routers = {name for name, info in tensors.items()
                if role_of(info) == "routers" and len(info.shape) == 2 and info.shape[0] > 1}  # fmt: skip
     groups = {"all": set(tensors), "experts": experts, "routers": routers}
+    described = not experts and config.get("model_type") in ours()
     chosen: set[str] = set()
     for part in (part.strip() for part in select.split(",")):
         if part in groups and not groups[part]:
@@ -29,6 +33,10 @@ def count_selected(tensors: Mapping[str, TensorInfo], select: str) -> int | None
             )
         found = groups.get(part) or set(fnmatch.filter(tensors, part))
         if not found:
+            # a file may leave out the prefix that a model's own class puts before the names
+            if described and not fnmatch.filter((f"model.{name}" for name in tensors), part):
+                raise UsageProblem(f"--train {part}: selects no parameter; names look like {next(iter(tensors))}, groups are "
+                                   f"{', '.join(groups)}")  # fmt: skip
             return None
         chosen |= found
     return sum(tensors[name].size for name in chosen)

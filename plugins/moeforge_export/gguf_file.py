@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter, quants
-from gguf.constants import GGUF_DEFAULT_ALIGNMENT
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 from gguf.constants import GGMLQuantizationType as Kind
 
 from moeforge.checkpoint.base import Checkpoint
@@ -21,6 +22,18 @@ from .gguf_model import TINY, Entry
 from .narrow import narrow
 
 _CHUNK = 1 << 20
+
+
+class _Writer(GGUFWriter):
+    """The package's writer, which leaves empty arrays out; whoever reads a byte-level vocabulary without merges (one byte a
+    token) asks for them all the same."""
+
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        if vtype == GGUFValueType.ARRAY and sub_type is not None and not len(val):
+            return struct.pack("<IIQ", vtype, sub_type, 0)
+        return super()._pack_val(val, vtype, add_vtype, sub_type)
 
 
 def write_gguf(
@@ -37,7 +50,7 @@ def write_gguf(
     Args:
         extra: small float32 tensors that are computed, not read (rotary factors).
     """
-    writer = GGUFWriter(path, arch)
+    writer = _Writer(path, arch)
     for key, value in metadata.items():
         _add(writer, key, value)
     for name, values in extra.items():
@@ -109,8 +122,10 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
-    else:
+    elif len(value):
         writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else value)
+    else:
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.STRING)
 
 
 def _pad(file) -> None:

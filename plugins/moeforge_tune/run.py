@@ -17,7 +17,7 @@ from moeforge.model.tokenizer import load_tokenizer
 from moeforge.model.weights import WeightMap
 from moeforge.pipeline.artifact import Plan
 from moeforge.pipeline.stage import Written
-from moeforge.report.plots import plot_load, plot_loss
+from moeforge.report.plots import check_drawing, plot_load, plot_loss
 from moeforge.train.data import Pool
 from moeforge.train.encoding import Encoder
 from moeforge.train.export import trained_ops
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 def run(plan: Plan, out: Workspace, ctx: Context) -> Written:
     """See :class:`moeforge_tune.stage.Tune`."""
     job: Job = plan.payload
+    check_drawing()
     with open_checkpoint(job.src.ref) as source:
         loop = prepare(job, source, out, ctx)
         result = loop.run(ctx.bar)
@@ -52,9 +53,9 @@ def run(plan: Plan, out: Workspace, ctx: Context) -> Written:
             # no journal: a plan does not tell learnt weights from those of another attempt (another thread count), so a run
             # that died while writing writes them all again
             written = write_checkpoint(ops, out.path, on_bytes=bar.advance, check=ctx.check)
+        plot(result, out.path / FOLDER)
         for state in out.path.glob(f"{States.PREFIX}*"):
             state.unlink()
-        plot(result, out.path / FOLDER)
         return report(job, plan, source, loop, result, written)
 
 

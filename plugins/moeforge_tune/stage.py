@@ -154,7 +154,7 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     train, held = hold_out_pools(find_pools(options.data), options.held_out, options.seed)
     documents = [document for pool in train for document in pool.documents]
     total = sum(info.size for info in source.tensors.values())
-    trained = count_selected(source.tensors, options.train)
+    trained = count_selected(source.config, source.tensors, options.train)
     budget, amount = options.budget
     per_step = options.tokens_a_step
     tokens = None if budget == "minutes" else int(amount * (per_step if budget == "steps" else 1))
@@ -164,6 +164,9 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
         warnings.append(
             f"{tokens:,} tokens of training on about {available:,} tokens of text: {tokens // available} passes"
         )
+    if trained is None:
+        warnings.append(f"--train {options.train}: whether it selects anything is known only once the model is loaded, whose "
+                        "parameters are not called as the tensors of the files")  # fmt: skip
     limit = source.config.get("max_position_embeddings")
     if isinstance(limit, int) and options.sequence_length > limit:
         raise UsageProblem(

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.gguf_header import read_header
 from moeforge.errors import BadInput
+from moeforge.model.tokenizer import load_tokenizer
 from moeforge.testing.inprocess import plan, run
-from moeforge.testing.models import SIZES, tiny
+from moeforge.testing.models import SIZES, tiny, tiny_tokenizer
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -227,3 +228,13 @@ def test_overflow_is_refused(tmp_path):
         with pytest.raises(BadInput, match=r"up_proj.*beyond"):
             run("export", tmp_path / "m", tmp_path / to, to=to, type="f16")
         assert not (tmp_path / to).exists()
+
+
+def test_a_vocabulary_without_merges_survives(tmp_path):
+    build(tmp_path / "m", "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    run("export", tmp_path / "m", tmp_path / "out", to="gguf")
+    assert read_header(tmp_path / "out" / "model-f32.gguf").metadata["tokenizer.ggml.merges"] == []
+    text = "anywordatall"
+    found = load_tokenizer(str(tmp_path / "out" / "model-f32.gguf"))
+    assert found.encode(text) == load_tokenizer(str(tmp_path / "m")).encode(text)

@@ -115,11 +115,24 @@ def test_the_plan_counts_what_the_model_trains(tiny, family, select, tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "np") as file:
         tensors = {name: TensorInfo(name, "F32", tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    config = model.config.to_dict()
     if family == "llama" and select != "all":
         with pytest.raises(UsageProblem, match="no mixture layers"):
-            count_selected(tensors, select)
+            count_selected(config, tensors, select)
         return
     # selection biases, [E] a layer, are on disk but learn from no gradient
-    found = count_selected(tensors, select)
+    found = count_selected(config, tensors, select)
     assert found is not None
     assert abs(found - choose(model, find_sites(model), select).size) <= 2 * 4
+
+
+def test_a_pattern_that_no_parameter_can_match_is_refused_from_headers():
+    shape = TensorInfo("model.layers.0.mlp.up_proj.weight", "F32", (3, 5))
+    tensors = {shape.name: shape}
+    assert count_selected({"model_type": "llama"}, tensors, "*.mlp.*") == 15
+    with pytest.raises(UsageProblem, match="--train nosuch: selects no parameter"):
+        count_selected({"model_type": "llama"}, tensors, "*.mlp.*,nosuch")
+    # whoever renames parameters in memory is asked once the model is loaded
+    assert count_selected({"model_type": "gpt2"}, tensors, "nosuch") is None
+    expert = TensorInfo("model.layers.0.mlp.experts.0.up_proj.weight", "F32", (3, 5))
+    assert count_selected({"model_type": "llama"}, {expert.name: expert}, "*.gate_up_proj") is None

@@ -91,6 +91,8 @@ def test_rope_is_read_in_both_dialects(written, wanted):
 def test_unknown_families_and_damaged_configs_are_refused():
     with pytest.raises(BadInput, match="model_type = 'mamba' is not a dense family"):
         architectures.architecture({"model_type": "mamba"})
+    with pytest.raises(BadInput, match="model_type = 'mixtral', num_local_experts = 4: this is already a mixture"):
+        architectures.architecture({"model_type": "mixtral", "num_local_experts": 4})
     with pytest.raises(BadInput, match="model_type = None"):
         architectures.architecture({})
     with pytest.raises(BadInput, match="not a dense family"):

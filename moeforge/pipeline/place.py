@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BadInput, UsageProblem
-from .artifact import MANIFEST, read_manifest
+from .artifact import MANIFEST, SCHEMA, read_manifest
 from .disk import sync_directory
-from .journal import JOURNAL
+from .journal import JOURNAL, Journal
 
 Kind = Literal["directory", "file"]
+MAX_RECEIPT = 1 << 20
+"""Bytes; a larger file is none of ours, and is not read to find out."""
 
 
 def keep_apart(output: Path, sources: Iterable[Path], named: str = "-o") -> None:
@@ -75,13 +77,15 @@ def _kept(output: Path, kind: Kind) -> str | None:
 
 
 def file_kind(file: Path) -> str | None:
-    """The `kind` of a file that moeforge wrote (a receipt), None of any other."""
+    """The `kind` of a file that moeforge wrote (a receipt), None of any other: much JSON has a `kind`, ours says `moeforge` too."""
     try:
+        if not file.is_file() or file.stat().st_size > MAX_RECEIPT:
+            return None
         body = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    kind = body.get("kind") if isinstance(body, dict) else None
-    return kind if isinstance(kind, str) else None
+    ours = isinstance(body, dict) and body.get("moeforge") == SCHEMA and isinstance(body.get("kind"), str)
+    return body["kind"] if ours else None
 
 
 def replace_directory(made: Path, output: Path, force: bool) -> None:
@@ -133,8 +137,17 @@ def empty(directory: Path) -> None:
 
 
 def _moved_aside(output: Path) -> list[Path]:
+    """What runs that were killed had moved aside; what only has such a name, and nothing of moeforge's in it, is the user's."""
     found = output.parent.glob(f".{glob.escape(output.name)}.old-*")
-    return sorted(path for path in found if path.name.rpartition("-")[2].isdigit())
+    return sorted(path for path in found if path.name.rpartition("-")[2].isdigit() and _left_here(path))
+
+
+def _left_here(directory: Path) -> bool:
+    """Whether moeforge made a directory: its manifest or its journal goes last, see :func:`empty`."""
+    if directory.is_symlink() or not directory.is_dir():
+        return False
+    known = _made_here(directory) is not None or Journal.key_of(directory / JOURNAL) is not None
+    return known or not any(directory.iterdir())
 
 
 def _made_here(directory: Path) -> dict[str, Any] | None:

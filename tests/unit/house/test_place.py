@@ -6,6 +6,7 @@ import os
 import pytest
 
 from moeforge.errors import UsageProblem
+from moeforge.pipeline import place
 from moeforge.pipeline.place import check_free
 
 
@@ -110,13 +111,18 @@ def test_force_replaces_files_of_ours_only(tmp_path):
         "empty.json": "",
         "letter.json": '{"dear": "reader"}',
         "list.json": "[]",
+        "pod.json": '{"apiVersion": "v1", "kind": "Pod"}',
+        "later.json": '{"moeforge": 2, "kind": "receipt"}',
+        "nameless.json": '{"moeforge": 1}',
+        "deep.json": "[" * 100_000,
+        "large.json": '{"moeforge": 1, "kind": "receipt"}' + " " * place.MAX_RECEIPT,
         "model.safetensors": "\0weights",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     for name in ("receipt.json", "empty.json"):
         check_free(tmp_path / name, "file", force=True)
-    for name in ("letter.json", "list.json", "model.safetensors"):
+    for name in sorted(files.keys() - {"receipt.json", "empty.json"}):
         with pytest.raises(UsageProblem, match="moeforge did not write it"):
             check_free(tmp_path / name, "file", force=True)
     with pytest.raises(UsageProblem, match="this verb writes a directory"):

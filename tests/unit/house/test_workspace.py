@@ -193,6 +193,23 @@ def test_a_kill_while_the_replaced_output_is_removed_leaves_no_litter(tmp_path, 
     assert listing(out) == ["b", "moeforge.json"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_user_named_like_an_output_moved_aside_is_left_alone(tmp_path, there):
+    out, theirs, link = tmp_path / "k9", tmp_path / ".k9.old-2024", tmp_path / ".k9.old-7"
+    theirs.mkdir()
+    (theirs / "my_notes.txt").write_text("years of work")
+    (tmp_path / ".k9.old-8").write_text("a file")
+    link.symlink_to(theirs)
+    before = listing(tmp_path)
+    if there:
+        make(out)
+        tidy(out)
+    else:
+        place.recover(out)
+    assert listing(tmp_path) == before + ["k9"] * there
+    assert (theirs / "my_notes.txt").read_text() == "years of work"
+
+
 def test_what_tells_whose_a_directory_is_goes_last(tmp_path, monkeypatch):
     gone, real = [], Path.unlink
     for name in ("z", "a", "moeforge.json", JOURNAL):
@@ -208,7 +225,7 @@ def test_a_file_that_was_killed_before_or_after_its_rename_is_made_again(tmp_pat
     def write():
         with claim(out, "k", force=out.exists(), kind="file") as space:
             made = space.path / "receipt.json"
-            made.write_text('{"kind": "receipt"}')
+            made.write_text('{"moeforge": 1, "kind": "receipt"}')
             space.finish_file(made, force=out.exists())
 
     for after, left in ((False, [".partial"]), (True, ["", ".partial"])):

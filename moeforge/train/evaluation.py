@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.base import Checkpoint
-from ..errors import BadInput
+from ..errors import BadInput, GateRefused
 from ..model.tokenizer import has_tokenizer, load_tokenizer
 from ..pipeline.context import Context
 from .data import Document, Pool
@@ -70,6 +70,12 @@ class Score:
         chosen = theirs.gather(1, mine.argmax(-1, keepdim=True))
         self.agreed += int((chosen == theirs.amax(-1, keepdim=True)).sum())
 
+    def not_finite(self) -> list[int]:
+        """Which of the two models (0: this one, 1: the other) the numbers so far are not finite for."""
+        sums = (self.loss, self.against_loss)
+        found = [index for index, value in enumerate(sums) if not math.isfinite(value)]
+        return found if found or math.isfinite(self.divergence) else [0, 1]
+
     def as_json(self, *, against: bool) -> dict[str, float | int]:
         """Means over the tokens."""
         count = self.tokens
@@ -82,8 +88,8 @@ class Score:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float ends."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), infinite where a float ends, NaN for NaN."""
+    return math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
 
 
 def _precise(logits: Tensor) -> Tensor:
@@ -178,6 +184,7 @@ def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Chec
 
     Raises:
         BadInput: a model cannot be run, there is no tokenizer or no text, or the two cut text into other tokens.
+        GateRefused: a model gives infinities or NaN, of which no number would mean anything.
     """
     encode = _encoder(checkpoint, against, documents)
     batches = batch(cut(documents, encode, setting.length, setting.tokens, setting.seed), setting.rows)
@@ -197,6 +204,7 @@ def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Chec
                 outs = [stack.enter_context(runner.run(ids, bar.advance)) for runner in runners]
                 for at, one in enumerate(group):
                     _add(score, one, [out[at] for out in outs])
+                    _check_finite(score, runners)
                     bar.advance(0, f"loss {score.loss / score.tokens:.4f}")
     values = score.as_json(against=against is not None)
     first = runners[0]
@@ -211,6 +219,13 @@ def _add(score: Score, one: Batch, logits: Sequence[Callable[[slice], Tensor]]) 
         rows = slice(start, start + step)
         found = [get(rows) for get in logits]
         score.add(found[0], one.labels[:, rows].to(found[0].device), found[1] if len(found) > 1 else None)
+
+
+def _check_finite(score: Score, runners: Sequence[Runner]) -> None:
+    if wrong := score.not_finite():
+        told = " and ".join(f"{runners[index].ref} (computed in {runners[index].dtype})" for index in wrong)
+        raise GateRefused(f"{told}: infinities or NaN within {score.tokens} predicted tokens, so there is nothing to measure; "
+                          "its weights are damaged, or the type is too narrow for it")  # fmt: skip
 
 
 def _groups(batches: Sequence[Batch], runners: Sequence[Runner]) -> Iterator[list[Batch]]:

@@ -17,11 +17,12 @@ from moeforge.report.table import table
 @dataclass(frozen=True)
 class Options:
     data: tuple[str, ...] = opt("text to predict: .txt .md .rst .py .jsonl .parquet, a directory, a dataset of the Hub "
-                                "(org/name[@revision][:split]), or builtin:prose, builtin:code, builtin:legal",
+                                "(org/name[@revision][:split]), or builtin:prose, builtin:code, builtin:legal; "
+                                "SOURCE=WEIGHT, as `tune` takes it, so that --held-out finds the same",
                                 default=(), metavar="SOURCE", reads=True)  # fmt: skip
     against: str | None = opt("another checkpoint: KL divergence from it, and how often both prefer the same token",
                               default=None, metavar="REF", reads=True)  # fmt: skip
-    held_out: float = opt("only the share of the documents that `tune` with this value and --seed keeps out of training; "
+    held_out: float = opt("only the share of the documents that `tune` with this value, --seed and --data keeps out of training; "
                           "0 takes all", default=0.0, min=0, max=0.9)  # fmt: skip
     tokens: int | None = opt("stop after this many predicted tokens; unset: the whole text", default=None, min=1)
     sequence_length: int = opt("documents are cut into windows of this many predicted tokens", default=1024, min=1, unit="tokens")  # fmt: skip
@@ -86,11 +87,13 @@ class Eval:
 
 def measure_text(ref: str, options: Options, ctx: Context) -> dict[str, Any]:
     """The numbers of :func:`moeforge.train.evaluation.measure`, with what they were measured on."""
-    from moeforge.train.data import find_documents, hold_out
+    from moeforge.train.data import find_pools, hold_out_pools
 
-    documents = find_documents(options.data)
+    pools = find_pools(options.data)
     if options.held_out:
-        documents = hold_out(documents, options.held_out, options.seed)[1]
+        documents = hold_out_pools(pools, options.held_out, options.seed)[1]
+    else:
+        documents = [document for pool in pools for document in pool.documents]
 
     import transformers
 

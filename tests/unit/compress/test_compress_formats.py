@@ -1,6 +1,7 @@
 """What compress writes: the bytes that bitsandbytes and transformers write themselves, for every matrix, experts included."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ import moeforge
 from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.roles import is_matrix, role_of
 from moeforge.checkpoint.tensor import TensorInfo
-from moeforge.errors import BadInput, UsageProblem
+from moeforge.errors import BadInput, GateRefused, UsageProblem
 from moeforge.model.load import assemble
-from moeforge.testing.models import SIZES, tiny, tiny_dense
+from moeforge.testing.models import SIZES, tiny, tiny_dense, tiny_tokenizer
 from moeforge_compress import accounting
 from moeforge_compress.methods.int8 import Int8
 from moeforge_compress.methods.nf4 import NF4
@@ -274,3 +275,14 @@ def test_head_is_compressed_on_request(compress, tmp_path):
     with torch.no_grad():
         ours = moeforge.load(str(made), dtype="bfloat16")(ids()).logits
         torch.testing.assert_close(ours, stock(ids()).logits, rtol=0, atol=0)
+
+
+def test_a_model_that_gives_nan_is_not_measured(compress, tmp_path):
+    """The norms are copied, so nothing but a run of the model tells."""
+    model, _ = tiny_dense("llama", seed=11)
+    with torch.no_grad():
+        model.model.norm.weight[torch.randint(len(model.model.norm.weight), ())] = math.nan
+    model.save_pretrained(tmp_path / "poisoned")
+    tiny_tokenizer().save_pretrained(tmp_path / "poisoned")
+    with pytest.raises(GateRefused, match="poisoned .computed in float32.*infinities or NaN"):
+        compress(tmp_path / "poisoned", Int8, {}, eval=True, eval_tokens=256)

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from moeforge.errors import BadInput, MachineLacks, UsageProblem
+from moeforge.errors import BadInput, GateRefused, MachineLacks, UsageProblem
 from moeforge.options import build
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
@@ -17,8 +17,8 @@ from moeforge.testing import inprocess
 from moeforge.testing.command import run
 from moeforge.testing.conformance import check_light
 from moeforge.testing.models import tiny_dense
-from moeforge.train.data import find_documents, hold_out
-from moeforge.train.evaluation import Score
+from moeforge.train.data import find_documents, find_pools, hold_out, hold_out_pools
+from moeforge.train.evaluation import Score, perplexity
 from moeforge_run.eval import Eval
 
 LENGTH = 24
@@ -149,6 +149,44 @@ def test_an_exact_tie_of_the_other_model_is_no_disagreement():
     assert score.agreed == 1 and score.right == 0
     score.add(torch.tensor([[[1.0, 2.0, 5.0]]]), torch.tensor([[2]]), torch.tensor([[[2.0, 2.0, 1.0]]]))
     assert score.agreed == 1 and score.right == 1 and score.tokens == 2
+
+
+def test_held_out_of_a_mixture_is_what_tune_keeps_out_of_each_source(answer, saved, tokenizer, text, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({"text": f"another source, line {i}" + "." * i}) + "\n" for i in range(7)))
+    data = (f"{text[0]}=3", f"{more}=1")
+    kept = hold_out_pools(find_pools(data), 0.3, 4)[1]
+    assert [str(more) in document.key for document in kept].count(True) == 2
+    found = answer(saved[1], data=data, held_out=0.3, seed=4).data
+    same(found, direct(tokenizer, [document.read() for document in kept], saved[0]), "loss")
+    assert found["data"] == list(data)
+    whole = answer(saved[1], data=data).data
+    assert whole["documents"] == 19
+    same(whole, answer(saved[1], data=(str(text[0]), str(more))).data, "loss", "accuracy")
+
+
+@pytest.mark.parametrize("memory", ["whole", "layers"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_model_of_nan_is_refused_by_name(answer, saved, other, tokenizer, text, tmp_path, memory, poison):
+    model, _ = tiny_dense("llama", seed=int(torch.randint(1000, ()).item()))
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[3, 5] = poison
+    model.save_pretrained(tmp_path / "poisoned")
+    tokenizer.save_pretrained(tmp_path / "poisoned")
+    options = {"data": (str(text[0]),), "memory": memory}
+    for first, against in (
+        (tmp_path / "poisoned", None),
+        (tmp_path / "poisoned", saved[1]),
+        (saved[1], tmp_path / "poisoned"),
+    ):
+        with pytest.raises(GateRefused, match=r"/poisoned \(computed in float32\): infinities or NaN") as refusal:
+            answer(first, against=None if against is None else str(against), **options)
+        assert str(saved[1]) not in str(refusal.value)
+
+
+def test_perplexity_ends_where_a_float_does():
+    assert perplexity(1.5) == pytest.approx(math.exp(1.5))
+    assert perplexity(800.0) == math.inf and math.isnan(perplexity(math.nan))
 
 
 @pytest.mark.parametrize(

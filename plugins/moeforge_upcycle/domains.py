@@ -102,6 +102,9 @@ def read_prompts(path: Path) -> list[Prompts]:
         raise UsageProblem(f"--prompts {path}: expected [[expert]] tables and nothing else, found {sorted(body)}")
     found = []
     for number, table in enumerate(tables):
+        if not isinstance(table, dict):
+            raise UsageProblem(f"--prompts {path}: expert {number} is {table!r}, not a table; write [[expert]] and below it "
+                               'positive = ["..."]')  # fmt: skip
         for key, texts in table.items():
             if key not in ("positive", "negative"):
                 raise UsageProblem(f"--prompts {path}: expert {number} has {key!r}; known are positive and negative")

@@ -6,6 +6,7 @@ weights that are in memory together, and the arrays that are worked on. F: FFN w
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -112,7 +113,8 @@ def proves(job: Job, ops: Sequence[TensorOp]) -> bool:
     """Whether the proof will be run: as asked, or if nothing was said, where it fits in memory."""
     if job.options.verify is not None:
         return job.options.verify
-    memory = job.options.max_memory or proof.available_memory() * 3 // 4
+    # a limit above what the machine has makes it no larger
+    memory = min(job.options.max_memory or math.inf, proof.available_memory() * 3 // 4)
     return proof_bytes(job, ops) <= memory
 
 

@@ -11,8 +11,8 @@ Kinds made from data (spec: BTX routers 2403.07816, hidden-state gates of mergek
 - `prompts`: w_e = mean over positive prompts - mean over negative prompts.
 
 Router inputs share a large common component (the mean token); left in, it would add a constant to every logit and prefer
-some experts for all tokens. It is projected out of the rows. Last, one factor makes the router as sure as asked: the mean
-score of the first choice, which grows with the factor.
+some experts for all tokens. It is projected out of the rows. Last, one factor, the smallest that does, makes the router as
+sure as asked: the mean score of the first choice.
 
 What a score is, the layout says (`scoring`). `softmax`: the probability among all rows, from 1/R to 1. `sigmoid` (GLM-4-MoE,
 dots1): each row answers for itself with sigmoid(logit), so the first choice scores from 1/2 to 1, however many rows there
@@ -45,6 +45,10 @@ NEEDS: dict[str, frozenset[str]] = {
     "prompts": frozenset({"domains", "samples"}),
 }
 """Kind -> what must be measured first."""
+
+
+TEMPERATURES = 241
+"""Factors tried for a router, twenty a decade, before the first that is sure enough is made exact."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,9 @@ def temperature(logits: np.ndarray, target: float, scoring: str = "softmax") -> 
 
     Args:
         logits: [N, R].
-        target: between :func:`chance` and 1. The mean largest score grows from one to the other with s, so bisection finds s.
+        target: between :func:`chance` and 1. With softmax scores the mean largest one grows from one to the other with s. With
+            sigmoid scores it falls on tokens without a positive logit, so it may reach the target and fall below it
+            again: the smallest s on a grid is taken, made exact by bisection.
 
     Raises:
         BadInput: the target cannot be reached: rows tie for the first place in too many tokens or, for sigmoid scores, too
@@ -245,10 +251,13 @@ def temperature(logits: np.ndarray, target: float, scoring: str = "softmax") -> 
     spread = (logits.max(1, keepdims=True) - logits).mean()
     if not spread > 0:
         raise BadInput("router logits do not differ between rows on the sampled tokens")
-    low, high = np.log(1e-6 / spread), np.log(1e6 / spread)
-    if mean_top1(np.exp(high) * logits, scoring) < target:
+    grid = np.linspace(np.log(1e-6 / spread), np.log(1e6 / spread), TEMPERATURES)
+    reached = (at for at in range(1, len(grid)) if mean_top1(np.exp(grid[at]) * logits, scoring) >= target)
+    first = next(reached, None)
+    if first is None:
         raise BadInput(f"router rows cannot be {target:.0%} sure of the first choice: on too many tokens they tie for it"
                        + (" or none answers" if scoring == "sigmoid" else ""))  # fmt: skip
+    low, high = grid[first - 1], grid[first]
     for _ in range(60):
         middle = (low + high) / 2
         if mean_top1(np.exp(middle) * logits, scoring) < target:

@@ -284,5 +284,5 @@ def test_a_model_that_gives_nan_is_not_measured(compress, tmp_path):
         model.model.norm.weight[torch.randint(len(model.model.norm.weight), ())] = math.nan
     model.save_pretrained(tmp_path / "poisoned")
     tiny_tokenizer().save_pretrained(tmp_path / "poisoned")
-    with pytest.raises(GateRefused, match="poisoned .computed in float32.*infinities or NaN"):
+    with pytest.raises(GateRefused, match=r"poisoned .computed in float32.*infinities or NaN"):
         compress(tmp_path / "poisoned", Int8, {}, eval=True, eval_tokens=256)

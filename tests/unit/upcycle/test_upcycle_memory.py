@@ -106,6 +106,16 @@ def test_a_proof_that_does_not_fit_is_not_planned(large):
     assert roomy["proof"] > memory.RUNNING
 
 
+def test_a_limit_above_what_the_machine_has_makes_it_no_larger(large, monkeypatch):
+    """A proof that the free memory cannot hold is left out however much --max-memory would allow."""
+    source, _ = large
+    monkeypatch.setattr("moeforge.model.proof.available_memory", lambda: 600_000_000)
+    assert "proof" not in inprocess.plan("upcycle", source).facts["peak_memory_by_phase_bytes"]
+    assert "proof" not in inprocess.plan("upcycle", source, max_memory=1 << 50).facts["peak_memory_by_phase_bytes"]
+    asked = inprocess.plan("upcycle", source, max_memory=1 << 50, verify=True).facts["peak_memory_by_phase_bytes"]
+    assert "proof" in asked
+
+
 def test_text_costs_what_is_measured_on_it(dense, monkeypatch):
     """Statistics of more tokens and of wider layers take more; a method that needs none has no such phase."""
     from moeforge_upcycle import measure

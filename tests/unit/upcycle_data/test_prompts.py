@@ -7,6 +7,7 @@ from safetensors.numpy import load_file
 from moeforge.checkpoint import open_checkpoint
 from moeforge.errors import UsageProblem
 from moeforge.testing import inprocess
+from moeforge_upcycle.domains import read_prompts
 from moeforge_upcycle.measure import encoder, starting_encoder
 
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -55,6 +56,13 @@ def test_prompts_of_one_word_are_heard(spoken, routed, special):
         first, second = one[GATE.format(layer)], two[GATE.format(layer)]
         assert np.isfinite(first).all() and first.any()
         assert not np.allclose(first[0], second[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("body", ["expert = [1, 2]", 'expert = ["write code", "tell a story"]', "expert = [[1]]"])
+def test_prompts_that_are_no_tables_are_refused(tmp_path, body):
+    (tmp_path / "p.toml").write_text(body)
+    with pytest.raises(UsageProblem, match=r"p\.toml: expert 0 is .*, not a table; write \[\[expert\]\]"):
+        read_prompts(tmp_path / "p.toml")
 
 
 def test_a_prompt_of_which_nothing_is_measured_is_named(spoken, routed):

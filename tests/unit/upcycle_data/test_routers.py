@@ -203,6 +203,22 @@ def test_sigmoid_routers_are_as_sure_as_asked_by_their_own_score(blobs, kind, ta
     assert not np.allclose(found.rows, softmaxed.rows, rtol=1e-2)
 
 
+def test_a_sigmoid_target_is_found_where_the_score_falls_again():
+    """Tokens that no row answers score less with every factor: the mean has a peak, and the target lies left of it."""
+    rng = np.random.default_rng()
+    best = np.concatenate([rng.uniform(2, 3, 60), rng.uniform(-0.2, -0.1, 40)])
+    logits = np.stack([best, best - rng.uniform(0.5, 1, 100)], axis=1)
+    assert mean_top1(1e6 * logits, "sigmoid") == pytest.approx(0.6)
+    factors = np.geomspace(1e-3, 1e3, 2000)
+    scores = np.array([sigmoid(factor * best).mean() for factor in factors])
+    target = (0.6 + scores.max()) / 2
+    found = temperature(logits, target, "sigmoid")
+    assert sigmoid(found * best).mean() == pytest.approx(target, abs=1e-6)
+    assert found == pytest.approx(factors[scores >= target][0], rel=0.01)
+    with pytest.raises(BadInput, match="none answers"):
+        temperature(logits, scores.max() + 0.01, "sigmoid")
+
+
 def test_a_sigmoid_scores_half_by_chance():
     check("kmeans", 8, None, 0.4)
     with pytest.raises(UsageProblem, match=r"sigmoid scores allow more than 0\.5"):

@@ -69,7 +69,18 @@ def describe_outcome(outcome: Outcome) -> list[str]:
     artifact, manifest = outcome.artifact, outcome.manifest
     first = f"{artifact.kind} {artifact.path or artifact.ref}"
     if outcome.reused:
-        return [first, f"already done: {artifact.path} was written by the same command; nothing to do"]
+        done = [first, f"already done: {artifact.path} was written by the same command; nothing to do"]
+        verdicts = manifest.get("verdicts") or {}
+        if verdicts.get("verified") is False:
+            # what changes the function on purpose has no proof that `verify` could make up for
+            how = (
+                f"`moeforge verify {artifact.path}` proves it"
+                if verdicts.get("exact")
+                else "--verify --force measures it"
+            )
+            why = verdicts.get("why_not_verified", "no reason is recorded")
+            done.append(printable(f"warning: it was never verified ({why}); {how}"))
+        return done
     lines = [first, *outcome.notes]
     timings, files = manifest.get("timings"), manifest.get("files")
     if timings and files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def _open_parent(parent: dict[str, Any], made_with: dict[str, Any], options: Opt
     """The parent at its recorded commit, decoded if it was then. Pickled weights need a word from whoever asks now: the manifest
     may be a stranger's."""
     ref, revision = parent["ref"], parent.get("revision")
-    if isinstance(revision, str) and not Path(ref).exists():
+    if isinstance(revision, str) and not os.path.exists(ref):  # False, too, of a name too long for a file
         ref = ref.partition("@")[0]
     return open_checkpoint(
         ref,

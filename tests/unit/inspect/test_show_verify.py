@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from moeforge.errors import ExitCode, MoeforgeError
+from moeforge.errors import BadInput, ExitCode, MoeforgeError
 from moeforge.testing.command import run
 from moeforge.testing.models import save_tiny
 from moeforge.testing.mutations import manifest_changed
 from moeforge_inspect import lineage
 from moeforge_inspect.show import Show
-from moeforge_inspect.verify import Verify
+from moeforge_inspect.verify import Options, Verify, _open_parent
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +282,8 @@ def test_a_strangers_manifest_ends_in_an_answer_or_in_one_line(ask, mixture, tmp
         except MoeforgeError as error:
             assert error.exit_code == ExitCode.BAD_INPUT and str(error).isprintable()
     assert answered > 20
+
+
+def test_a_parent_whose_name_is_too_long_for_a_file_is_bad_input():
+    with pytest.raises(BadInput):
+        _open_parent({"ref": "x" * 5000, "revision": "main"}, {}, Options())

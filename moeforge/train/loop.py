@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, GateRefused, Interrupted, ReaderGone
 from ..options import format_bytes
+from ..pipeline.manifest import peak_rss_bytes
 from .losses import router_losses, token_loss_sum
 from .metrics import Load, Metrics
 from .packing import Cursor, Packer, Row
@@ -94,8 +93,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak so far: of the accelerator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_rss_bytes()
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def test_what_was_never_verified_says_so_when_it_is_found_done(tmp_path, reused,
     told = "\n".join(describe_outcome(outcome))
     wanted = reused and verdicts.get("verified") is False
     how = f"`moeforge verify {tmp_path}` proves it" if exact else "--verify --force measures it"
-    assert (f"never verified (it takes 9 GB); {how}" in told) == wanted == ("verif" in told)
+    assert (f"never verified (it takes 9 GB); {how}" in told) == wanted == ("warning" in told)
     assert ("already done" in told) == reused
 
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -333,3 +336,13 @@ def test_held_out_loss_is_the_mean_over_its_tokens(tiny):
     assert found["loss"] == pytest.approx(total / count, rel=1e-6)
     assert [sum(layer) for layer in found["load"]] == pytest.approx([1.0, 1.0], abs=1e-5)
     assert found["imbalance"] >= 1
+
+
+def test_memory_is_that_of_this_process_not_of_the_one_that_started_it():
+    """Linux hands ru_maxrss on to a started process: a small child of a large parent must not report the parent's peak."""
+    big = 2_000_000_000
+    code = "import torch; from moeforge.train.loop import peak_memory; print(peak_memory(torch.device('cpu')))"
+    start = f"import subprocess, sys; held = b'x' * {big}; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True, env=env)
+    assert 50_000_000 < int(done.stdout) < big

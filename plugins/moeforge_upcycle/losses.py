@@ -27,7 +27,9 @@ def by_domain(job: Job, written: Path, ctx: Context) -> dict[str, dict[str, Any]
     text = drift_text(job)
     if not text:
         return {}
-    parents = [mean_losses(parent.checkpoint, list(text.values()), ctx) for parent in job.parents]
+    # a --base comes last and is no expert: it is not among those whose loss the mixture should reach
+    experts = job.parents[:-1] if getattr(job.method.options, "base", None) is not None else job.parents
+    parents = [mean_losses(parent.checkpoint, list(text.values()), ctx) for parent in experts]
     with open_checkpoint(str(written)) as mixture:
         mixed = mean_losses(mixture, list(text.values()), ctx)
     return {

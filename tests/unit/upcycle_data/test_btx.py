@@ -322,6 +322,8 @@ def test_losses_on_every_domain_beside_those_of_the_parents(btx, parents, spoken
     told = losses.lines(found)
     assert len(told) == 2 and told[1].endswith("parent 2 -") and "SRC " in told[0]
     assert "losses" not in btx(parents[0], parents[1], verify=True).manifest["verdicts"]
+    based = btx(parents[0], parents[1], base=str(parents[2]), trunk="base", calibration=tuple(texts), verify=True)
+    assert [len(losses["parents"]) for losses in based.manifest["verdicts"]["losses"].values()] == [2, 2]
 
 
 def test_trunk_is_read_as_it_will_be_written(btx, parents):

@@ -22,7 +22,6 @@ CHATTER = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportW
 """Kinds of warnings that address whoever maintains the code."""
 HARMLESS = (
     r"Failed to load CPU gemm_4bit_forward from kernels-community",  # bitsandbytes then takes a slower path, same result
-    r"is deprecated|will be removed|has been deprecated|deprecation",
     r"The attention mask (is not set|and the pad token)",
     r"Setting `pad_token_id` to `eos_token_id`",
     r"generation flags are not valid",
@@ -33,6 +32,11 @@ HARMLESS = (
 )
 """Patterns of what libraries are known to say without anything being wrong."""
 _HARMLESS = re.compile("|".join(HARMLESS))
+_OLD = re.compile(r"(is|has been) deprecated|will be removed in|DeprecationWarning")
+"""What addresses whoever maintains the code, unless it is said as an error."""
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_BAR = re.compile(r"^.*?(\d+%\|.*?\|( *[\d.]+[kKMGTB]*/[\d.]+[kKMGTB]*)?( *\[[^\]]*\])?|[\d.]+\w* \[\d\d:\d\d[^\]]*\])")
+"""A progress bar in tqdm's style, from the start of its line."""
 
 
 class _Funnel:
@@ -42,9 +46,9 @@ class _Funnel:
         self.progress = progress
         self.said: set[str] = set()
 
-    def __call__(self, text: str) -> None:
-        text = one_line(text)
-        if text in self.said or _HARMLESS.search(text):
+    def __call__(self, text: str, level: int = logging.WARNING) -> None:
+        text = one_line(_COLOUR.sub("", text))
+        if text in self.said or _HARMLESS.search(text) or (level < logging.ERROR and _OLD.search(text)):
             return
         self.said.add(text)
         self.progress.warn(text)
@@ -56,11 +60,11 @@ class _Handler(logging.Handler):
         self.funnel = funnel
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.funnel(f"{record.name.partition('.')[0]}: {record.getMessage()}")
+        self.funnel(f"{record.name.partition('.')[0]}: {record.getMessage()}", record.levelno)
 
 
 class _Stderr(io.TextIOBase):
-    """Stands in for `sys.stderr`: whole lines go into the funnel, progress bars that redraw a line nowhere."""
+    """Stands in for `sys.stderr`: whole lines go into the funnel, without the progress bars that redraw a line."""
 
     def __init__(self, funnel: _Funnel, real: TextIO):
         self.funnel, self.real = funnel, real
@@ -69,8 +73,8 @@ class _Stderr(io.TextIOBase):
     def write(self, text: str) -> int:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
-            if "\r" not in line and "\x1b" not in line:
-                self.funnel(line)
+            redrawn, last = "\r" in line.rstrip("\r"), line.rstrip("\r").rpartition("\r")[2]
+            self.funnel(_BAR.sub("", _COLOUR.sub("", last)) if redrawn else last)
         return len(text)
 
     def flush_rest(self) -> None:

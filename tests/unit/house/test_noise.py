@@ -76,6 +76,18 @@ def test_what_says_nothing_to_the_user_is_dropped(noise):
     assert said(noise) == []
 
 
+@pytest.mark.parametrize(
+    ("noise", "line"),
+    [
+        (lambda: print("\x1b[31mout of range\x1b[0m", file=sys.stderr), "out of range"),
+        (lambda: sys.stderr.write("\rLoading:  50%|##   | 5/10 [00:01<00:01, 4.0it/s]out of range\n"), "out of range"),
+        (lambda: logging.getLogger("lib").error("3 files will be removed in /x"), "lib: 3 files will be removed in /x"),
+    ],
+)
+def test_colour_a_bar_or_a_word_hides_no_warning(noise, line):
+    assert said(noise) == [f"tune: warning: {line}"]
+
+
 def test_quiet_keeps_warnings_and_events_stay_json():
     def noise():
         warnings.warn("mind this", UserWarning, stacklevel=1)

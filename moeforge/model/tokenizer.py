@@ -36,9 +36,7 @@ def load_tokenizer(ref: str | Checkpoint) -> PreTrainedTokenizerBase:
         with open_checkpoint(str(ref), dequantize=None) as checkpoint:
             return load_tokenizer(checkpoint)
     if not has_tokenizer(ref):
-        raise BadInput(
-            f"{ref.ref} has no tokenizer files, so text means nothing to it; copy them beside its weights"
-        )
+        raise BadInput(f"{ref.ref} has no tokenizer files, so text means nothing to it; copy them beside its weights")
     from transformers import AutoTokenizer
 
     # the companions are written out, so that a GGUF file, an adapter and a directory all take the same way, and

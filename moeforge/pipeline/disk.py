@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import MachineLacks, UsageProblem
+from ..errors import BadInput, MachineLacks, UsageProblem
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -38,6 +38,7 @@ def disk_errors(output: Path, named: str = "-o") -> Iterator[None]:
 
     Raises:
         MachineLacks: with what is free at `output`, for those three; other errors pass.
+        BadInput: what may not be touched is a file that is read, not one under `output`.
     """
     try:
         yield
@@ -48,6 +49,10 @@ def disk_errors(output: Path, named: str = "-o") -> Iterator[None]:
             raise MachineLacks(f"the disk at {existing} is full ({free / 1e9:.2f} GB free); free some room and run the "
                                "same command again, it resumes") from error  # fmt: skip
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else output
+            # the staging directory stands beside the output, and both may have to be made
+            if not where.is_relative_to(output.parent) and not output.is_relative_to(where):
+                raise BadInput(f"{where}: cannot be used: {error.strerror}; look at its permissions") from error
             raise MachineLacks(
                 f"cannot write {error.filename or output}: {error.strerror}; choose another {named}"
             ) from error

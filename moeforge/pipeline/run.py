@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from .disk import disk_errors
 from .journal import JOURNAL
 from .manifest import build_manifest, run_key, whole
 from .place import file_kind, keep_apart, tidy
-from .stage import Bound
+from .stage import Bound, is_stage
 from .workspace import claim, touch_manifest
 
 
@@ -95,6 +96,10 @@ def check_kind(stage: Any, src: Artifact) -> None:
     Raises:
         BadInput: names both kinds.
     """
+    if src.kind == "plan" and not is_stage(type(stage)) and "plan" not in stage.consumes:
+        raise BadInput(
+            f"{stage.name} needs weights, and a plan has none yet; run the stages before it without --dry-run"
+        )
     if src.kind not in stage.consumes and src.kind != "plan":
         raise BadInput(f"{stage.name} takes {' or '.join(sorted(stage.consumes))}, but {src.ref} is a {src.kind}")
 
@@ -152,9 +157,11 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
     if stage.output == "directory" and os.path.isdir(output) and not request.force:
         manifest = read_manifest(output)
         if manifest is not None and manifest.get("key") == key and whole(output, manifest):
-            tidy(output)
-            touch_manifest(output)
-            return Outcome(locate(str(output)), manifest, reused=True)
+            # another process may be replacing it this very moment: then there is nothing to reuse
+            with contextlib.suppress(FileNotFoundError):
+                tidy(output)
+                touch_manifest(output)
+                return Outcome(locate(str(output)), manifest, reused=True)
 
     plan = stage.plan(src, request.options, method)
     for warning in plan.warnings:

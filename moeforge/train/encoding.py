@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import BadInput, one_line
 from .data import Document
 
 
@@ -19,5 +20,22 @@ class Encoder:
         if isinstance(content, str):
             ids = self.tokenizer(content, verbose=False)["input_ids"]
         else:
-            ids = self.tokenizer.apply_chat_template(content, tokenize=True, return_dict=True)["input_ids"]
+            ids = self._chat(content, document.key)
         return ids if ids[-1:] == self.end else ids + self.end
+
+    def _chat(self, messages: list[dict[str, Any]], key: str) -> list[int]:
+        """
+        Raises:
+            BadInput: the tokenizer has no chat template, or its template does not take these messages.
+        """
+        from jinja2 import TemplateError
+
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise BadInput(f"{key} holds chat messages, but the model's tokenizer has no chat template; give plain text, "
+                           "or a model that was made for chat")  # fmt: skip
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        except (TemplateError, TypeError, KeyError) as error:
+            raise BadInput(
+                f"{key}: the tokenizer's chat template does not take these messages: {one_line(error)}"
+            ) from error

@@ -189,7 +189,8 @@ def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Chec
     encode = _encoder(checkpoint, against, documents)
     batches = batch(cut(documents, encode, setting.length, setting.tokens, setting.seed), setting.rows)
     checkpoints = [checkpoint] if against is None else [checkpoint, against]
-    runners = make_runners(checkpoints, setting.memory, setting.dtype, setting.device, ctx)
+    runners = make_runners(checkpoints, setting.memory, setting.dtype, setting.device, ctx,
+                           setting.rows * setting.length)  # fmt: skip
     total = sum(one.predicted for one in batches)
     largest = max(int(one.ids.max()) for one in batches)
     for runner in runners:

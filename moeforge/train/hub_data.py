@@ -115,10 +115,28 @@ def _listed(name: str, revision: str | None) -> tuple[str, tuple[str, ...]]:
         root = _cached(name, revision)
         if root is None:
             raise
-        return root.name, tuple(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        names = tuple(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        _check_parts(names, what)
+        return root.name, names
     if info.sha is None:
         raise BadInput(f"{what}: the Hub names no commit for it")
     return info.sha, tuple(sibling.rfilename for sibling in info.siblings or ())
+
+
+def _check_parts(names: tuple[str, ...], what: str) -> None:
+    """
+    Raises:
+        MachineLacks: of files that say how many they are (`train-00000-of-00002.parquet`) the cache holds only some.
+    """
+    parts: dict[tuple[str, int], int] = {}
+    for name in names:
+        if found := re.fullmatch(r"(.*?)-\d+-of-(\d+)(\.\w+)", name):
+            kind = (found[1] + found[3], int(found[2]))
+            parts[kind] = parts.get(kind, 0) + 1
+    for (name, whole), held in parts.items():
+        if held < whole:
+            raise MachineLacks(f"{what}: the Hub cannot be reached, and the cache holds {held} of the {whole} parts of {name}; "
+                               "run it once with a network")  # fmt: skip
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

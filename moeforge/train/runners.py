@@ -117,8 +117,11 @@ def _timed(runner: Whole | Layers) -> Iterator[None]:
 
 
 def make_runners(checkpoints: Sequence[Checkpoint], memory: Memory, dtype: str | None, device: str,
-                 ctx: Context) -> list[Runner]:  # fmt: skip
+                 ctx: Context, tokens: int) -> list[Runner]:  # fmt: skip
     """Runners of all models, which are in memory at the same time; says which way was taken.
+
+    Args:
+        tokens: in one batch: a model that is held whole gives the logits of all of them at once.
 
     Raises:
         BadInput: one of them cannot be run.
@@ -126,7 +129,10 @@ def make_runners(checkpoints: Sequence[Checkpoint], memory: Memory, dtype: str |
     if dtype is None and device == "cpu":
         dtype = "float32"
     if memory == "auto":
-        needed = SPARE + sum(_weight_bytes(checkpoint, dtype) for checkpoint in checkpoints)
+        needed = SPARE + sum(
+            _weight_bytes(checkpoint, dtype) + 4 * tokens * (checkpoint.config.get("vocab_size") or 0)
+            for checkpoint in checkpoints
+        )
         memory = "whole" if needed <= _free(device) else "layers"
     refs = " and ".join(checkpoint.ref for checkpoint in checkpoints)
     ctx.say(f"{refs}: {'whole in memory' if memory == 'whole' else 'one layer in memory at a time'}")

@@ -38,7 +38,7 @@ class Show:
         "moeforge upcycle org/dense --dry-run | moeforge show": "a plan, before a byte is written",
     }
     api_version = 1
-    consumes = frozenset({"checkpoint", "adapter", "gguf"})
+    consumes = frozenset({"checkpoint", "adapter", "gguf", "plan"})
     sources = 1
     Options = Options
 

@@ -6,6 +6,8 @@ path of a JSON file. Architectures (`moeforge.architectures`) work the same way,
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeforge import registry
+from moeforge.errors import UsageProblem
 
 GROUPS = {"pairs": "moeforge.upcycle_pairs", "targets": "moeforge.upcycle_targets"}
 """Folder beside this file -> the entry-point group that adds to it."""
@@ -43,6 +46,47 @@ def _files(folder: str) -> dict[str, Any]:
     return dict(walk())
 
 
+def identities() -> list[list[str]]:
+    """Everything that third parties describe, for a run's key: group, name, distribution and a hash of the content."""
+    found = []
+    for group in sorted(registry.DESCRIPTIONS):
+        for name, entries in sorted(registry.entries(group).items()):
+            for entry in entries:
+                if entry.distribution == registry.OURS:
+                    continue
+                try:
+                    content = json.dumps(_read(entry), sort_keys=True, default=str)
+                except UsageProblem as error:  # it only matters where its family or layout is asked for
+                    content = str(error)
+                found.append([group, name, entry.distribution, hashlib.sha256(content.encode()).hexdigest()])
+    return found
+
+
+@contextlib.contextmanager
+def parsing(folder: str, name: str) -> Iterator[None]:
+    """Turn what a wrong description raises while it is taken apart into one line.
+
+    Raises:
+        UsageProblem: a key is missing, unknown, or holds another type; names whose description it is.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        owners = (
+            ", ".join(entry.distribution for entry in registry.entries(GROUPS[folder]).get(name, ())) or registry.OURS
+        )
+        raise UsageProblem(f"{GROUPS[folder]}: the description of {name!r} from {owners} is broken: "
+                           f"{type(error).__name__}: {error}; repair or uninstall that package") from error  # fmt: skip
+
+
 def _read(entry: registry.Entry) -> dict[str, Any]:
     given = entry.load()
-    return dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text("utf-8"))
+    try:
+        found = dict(given) if isinstance(given, Mapping) else json.loads(Path(given).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageProblem(f"{given} from {entry.distribution}: not a description in JSON: {error}; "
+                           f"repair or uninstall {entry.distribution}") from error  # fmt: skip
+    if not isinstance(found, dict):
+        raise UsageProblem(f"{given} from {entry.distribution}: a description is a JSON object; "
+                           f"repair or uninstall {entry.distribution}")  # fmt: skip
+    return found

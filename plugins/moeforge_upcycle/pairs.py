@@ -14,13 +14,14 @@ moeforge_upcycle.described).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moeforge.checkpoint.dense_config import written_as
-from moeforge.errors import BadInput
+from moeforge.errors import BadInput, UsageProblem
 from moeforge.pipeline.artifact import Problem
 
 from . import described, targets
@@ -67,24 +68,30 @@ def load(source: str) -> tuple[tuple[Pair, ...], tuple[Never, ...]]:
     Raises:
         BadInput: nobody has described how this family becomes a mixture.
     """
-    (common,) = described.find("pairs", "_any")
+    common = described.find("pairs", "_any")[0]  # ours
     found = described.find("pairs", source)
     if not found:
         raise BadInput(f"model_type = {source!r}: no mixture is known that computes the same function; families with one: "
                        f"{', '.join(sources())}; a plugin can add one (group {described.GROUPS['pairs']})")  # fmt: skip
     pairs = []
-    for raw in found:
-        for item in raw.get("pairs", ()):
-            rules = (*common["require"], *raw.get("require", ()), *item.get("require", ()))
-            require = tuple(map(Predicate.parse, rules))
-            pairs.append(Pair(source, targets.load(item["target"]), require, item.get("config", {})))
-    never = [Never(**item) for raw in (*found, common) for item in raw.get("never", ())]
+    with described.parsing("pairs", source):
+        for raw in found:
+            for item in raw.get("pairs", ()):
+                rules = (*common["require"], *raw.get("require", ()), *item.get("require", ()))
+                require = tuple(map(Predicate.parse, rules))
+                pairs.append(Pair(source, targets.load(item["target"]), require, item.get("config", {})))
+        never = [Never(**item) for raw in (*found, common) for item in raw.get("never", ())]
     return tuple(pairs), tuple(never)
 
 
 def sources() -> list[str]:
     """The dense families that some mixture can hold."""
-    return [name for name in described.names("pairs") if load(name)[0]]
+    found = []
+    for name in described.names("pairs"):
+        with contextlib.suppress(UsageProblem):  # another package's broken description is not what was asked about
+            if load(name)[0]:
+                found.append(name)
+    return found
 
 
 def hopeless(source: str) -> str:

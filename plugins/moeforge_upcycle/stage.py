@@ -21,7 +21,7 @@ from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 
-from . import advice, domains, losses, memory, portability, routers
+from . import advice, described, domains, losses, memory, portability, routers
 from .job import Job, prepare
 from .measure import check, drift_text, measure, sources
 from .options import Options
@@ -51,12 +51,16 @@ class Upcycle:
     Options = Options
 
     def inputs(self, options: Options, method: Bound | None) -> list[Any]:
-        """Digests of the texts and the prompts that may take part, for the run's key."""
+        """Digests of the texts, prompts and third parties' descriptions that may take part, for the run's key."""
         assert method is not None
         wanted = method.method.needs(options, method.options) | routers.NEEDS[options.router_init]
         texts = domains.load(options.calibration) if wanted or options.calibration else []
         prompts = domains.read_prompts(options.prompts) if options.prompts is not None else []
-        return [*([text.name, text.digest] for text in texts), *([row.positive, row.negative] for row in prompts)]
+        return [
+            *([text.name, text.digest] for text in texts),
+            *([row.positive, row.negative] for row in prompts),
+            *described.identities(),
+        ]
 
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
         assert method is not None

@@ -104,13 +104,14 @@ def load(model_type: str) -> Target:
     Raises:
         UsageProblem: there is none.
     """
-    raw = _table(model_type)
-    shared = raw.get("shared")
-    if shared is not None:
-        shared = Shared(**{**shared, "tensors": _slots(shared["tensors"])})
-    fields = {key: raw[key] for key in Target.__dataclass_fields__ if key in raw}
-    return Target(**{**fields, "architecture": raw["class"], "experts": _slots(raw["experts"]), "shared": shared,
-                     "copies": tuple(raw["copies"])})  # fmt: skip
+    with described.parsing("targets", model_type):
+        raw = _table(model_type)
+        shared = raw.get("shared")
+        if shared is not None:
+            shared = Shared(**{**shared, "tensors": _slots(shared["tensors"])})
+        fields = {key: raw[key] for key in Target.__dataclass_fields__ if key in raw}
+        return Target(**{**fields, "architecture": raw["class"], "experts": _slots(raw["experts"]), "shared": shared,
+                         "copies": tuple(raw["copies"])})  # fmt: skip
 
 
 def known() -> list[str]:

@@ -87,3 +87,11 @@ def test_options_come_from_flags_over_file_over_defaults(tiny_llama, tmp_path):
     refused = run("upcycle", tiny_llama, "--config", tmp_path / "r.toml")
     assert refused.code == 2
     assert "did you mean 'experts'" in refused.err
+
+
+@pytest.mark.parametrize("query", ["eval --data builtin:prose", "generate hello", "verify"])
+def test_a_plan_has_no_weights_to_ask(query, upcycle, tmp_path):
+    done = shell(f"{upcycle} --dry-run | moeforge {query}", tmp_path)
+    assert done.returncode == 3
+    assert "needs weights, and a plan has none yet" in done.stderr
+    assert "experts" in shell(f"{upcycle} --dry-run | moeforge show", tmp_path).stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moeforge.errors import MachineLacks, UsageProblem
+from moeforge.errors import BadInput, MachineLacks, UsageProblem
 from moeforge.pipeline import place, workspace
 from moeforge.pipeline.artifact import read_manifest
 from moeforge.pipeline.disk import disk_errors
@@ -288,7 +288,16 @@ def test_a_lock_on_a_directory_that_was_renamed_away_counts_for_nothing(tmp_path
 def test_a_full_disk_is_one_line_about_the_machine(tmp_path):
     with pytest.raises(MachineLacks, match="is full"), disk_errors(tmp_path / "deep" / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(MachineLacks, match="cannot write /x: Permission denied"), disk_errors(tmp_path):
-        raise OSError(errno.EACCES, "Permission denied", "/x")
+    with pytest.raises(MachineLacks, match=r"cannot write .*/x: Permission denied"), disk_errors(tmp_path):
+        raise OSError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
     with pytest.raises(OSError, match="Invalid"), disk_errors(tmp_path):
         raise OSError(errno.EINVAL, "Invalid")
+
+
+def test_a_source_that_may_not_be_read_is_not_taken_for_an_output_that_may_not_be_written(tmp_path):
+    output = tmp_path / "made" / "out"
+    with pytest.raises(BadInput, match=r"/elsewhere/model\.safetensors"), disk_errors(output):
+        raise OSError(errno.EACCES, "Permission denied", "/elsewhere/model.safetensors")
+    for mine in (output.with_name("out.partial") / "x", output.parent, tmp_path):
+        with pytest.raises(MachineLacks, match="choose another -o"), disk_errors(output):
+            raise OSError(errno.EROFS, "Read-only file system", str(mine))

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from moeforge.errors import BadInput
+from moeforge.errors import BadInput, MachineLacks
 from moeforge.testing.hub_server import HubServer
-from moeforge.train.hub_data import Dataset, choose, parse
+from moeforge.train.hub_data import Dataset, _check_parts, choose, parse
 
 READ = """
 import json, sys
@@ -118,3 +118,10 @@ def test_a_mixture_names_commits_and_weights(monkeypatch):
     monkeypatch.setattr(hub_data, "_listed", lambda name, revision: ("c0ffee", ()))
     assert hub_data.pinned("o/n:test=0.70") == "hub:o/n@c0ffee:test=0.7"
     assert hub_data.pinned("builtin:prose=2") == "builtin:prose=2"
+
+
+def test_some_parts_of_a_split_do_not_pass_for_all_of_it():
+    parts = ("data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet")
+    _check_parts((*parts, "data/train-00001-of-00003.parquet", "data/test-00000-of-00001.parquet", "notes.jsonl"), "x")
+    with pytest.raises(MachineLacks, match=r"2 of the 3 parts of data/train\.parquet"):
+        _check_parts(parts, "x")

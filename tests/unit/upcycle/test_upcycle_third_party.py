@@ -92,3 +92,29 @@ def test_they_are_listed_and_can_be_switched_off(installed, newlm):
     off = run("upcycle", newlm, "--dry-run", env={**installed, "MOEFORGE_PLUGINS": ""})
     assert off.code == 3
     assert "model_type = 'newlm' is not a dense family" in off.err
+
+
+def test_another_description_is_another_run(installed, newlm, tmp_path):
+    words = ["upcycle", newlm, "--experts", 4, "--no-verify", "-o", tmp_path / "out"]
+    run(*words, env=installed, check=True)
+    assert "already done" in run(*words, env=installed, check=True).err
+    site = tmp_path / "site" / "new_families.py"
+    site.write_text(site.read_text().replace("'origin': 'new'", "'origin': 'newer'"))
+    again = run(*words, env=installed)
+    assert again.code == 2
+    assert "exists" in again.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{not json", "not a description in JSON"), ("[1]", "a JSON object"), ('{"pairs": [{"goal": "x"}]}', "KeyError: 'target'"),
+     ('{"pairs": [], "never": [{"aim": 1}]}', "TypeError")],
+)  # fmt: skip
+def test_a_broken_description_names_its_package_and_stops_nobody_else(text, said, installed, newlm, dense, tmp_path):
+    (tmp_path / "site" / "pairs.json").write_text(text)
+    refused = run("upcycle", newlm, "--dry-run", env=installed)
+    assert refused.code == 2
+    assert said in refused.err
+    assert "New.Families" in refused.err
+    assert len(refused.err.splitlines()) == 1
+    run("upcycle", dense("llama"), "--dry-run", env=installed, check=True)

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoint.anatomy import plain_config
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.open import COMPRESSION
 from ..checkpoint.quantized import wrap
@@ -130,7 +131,7 @@ def make_runners(checkpoints: Sequence[Checkpoint], memory: Memory, dtype: str |
         dtype = "float32"
     if memory == "auto":
         needed = SPARE + sum(
-            _weight_bytes(checkpoint, dtype) + 4 * tokens * (checkpoint.config.get("vocab_size") or 0)
+            _weight_bytes(checkpoint, dtype) + 4 * tokens * (plain_config(checkpoint.config).get("vocab_size") or 0)
             for checkpoint in checkpoints
         )
         memory = "whole" if needed <= _free(device) else "layers"

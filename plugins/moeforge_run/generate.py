@@ -136,8 +136,8 @@ def check_length(prompt: int, new: int, config: Mapping[str, Any]) -> None:
     """
     from moeforge.model.build import parse_config
 
-    # a family may call its limit otherwise (`n_positions`): transformers translates
-    limit = getattr(parse_config(config).get_text_config(), "max_position_embeddings", None)
+    # a family may call its limit otherwise (`n_positions`): transformers translates; ours stands in front of another's config
+    limit = getattr(parse_config(config.get("base_config", config)).get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or prompt + new <= limit:
         return
     told = f"a prompt of {prompt} tokens and --max-new-tokens {new} pass the model's max_position_embeddings = {limit}"

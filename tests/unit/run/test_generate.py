@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+import moeforge
 from moeforge.errors import BadInput, MachineLacks, UsageProblem
 from moeforge.options import build
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.progress import Progress
+from moeforge.testing import inprocess
 from moeforge.testing.command import run
 from moeforge.testing.models import save_tiny
 from moeforge_run.generate import Generate, check_length, encode
@@ -86,6 +88,22 @@ def test_a_text_longer_than_the_model_knows_is_refused(answer, saved, tokenizer)
         answer("hello", max_new_tokens=99999)
     with pytest.raises(UsageProblem, match=rf"max_position_embeddings = {limit}; shorten the prompt"):
         answer("a" * limit, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_compressed_mixture_goes_on_as_it_is_loaded(method, saved, tokenizer, tmp_path):
+    """Its config.json stands in front of the mixture's own."""
+    moe = inprocess.run("upcycle", saved[1], tmp_path / "moe", "copy", experts=4, verify=False).path
+    made = inprocess.run("compress", moe, tmp_path / "small", method, eval=False).path
+    assert json.loads((made / "config.json").read_text())["model_type"] == "moeforge"
+    ids = torch.tensor([tokenizer.encode("hello")])
+    out = moeforge.load(made).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
+    found = run("generate", made, "hello", "-n", 8, check=True)
+    assert found.out == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+    limit = saved[0].config.max_position_embeddings
+    assert f"max_position_embeddings = {limit}" in run("generate", made, "hello", "-n", 9999).err
 
 
 def test_the_limit_goes_by_the_name_that_the_family_gives_it():

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.base import Checkpoint
+from ..errors import BadInput
 from .build import build, decoder_layers, ffn_modules
 from .weights import WeightMap
 
@@ -115,8 +116,9 @@ class StreamedModel:
 
             def record(hidden: torch.Tensor, *args: Any, _calls=calls, _first=first, **kwargs: Any) -> torch.Tensor:
                 if args:
-                    raise NotImplementedError(
-                        f"{type(self.module).__name__} passes arguments to its layers by position"
+                    raise BadInput(
+                        f"{self.checkpoint.ref}: {type(self.module).__name__} passes arguments to its layers by position, "
+                        "so it cannot be run layer by layer"
                     )
                 _first.append(hidden)
                 _calls.append(kwargs)

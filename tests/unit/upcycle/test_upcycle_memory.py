@@ -22,6 +22,8 @@ SIZES = {
 }
 MARGIN = 1.35
 """Libraries differ from machine to machine; a plan that is further off than this is of little use."""
+CHANCE = 60e6
+"""Bytes of one stacked op: the plan counts two workers at their peaks at once, which a run may or may not see."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_a_run_stays_within_its_plan(way, large, tmp_path):
     manifest = json.loads((done.path / "moeforge.json").read_text())
     peak, facts = manifest["timings"]["peak_rss_bytes"], manifest["facts"]
     assert peak <= facts["peak_memory_bytes"] == max(facts["peak_memory_by_phase_bytes"].values())
-    assert facts["peak_memory_bytes"] < MARGIN * peak + 20e6
+    assert facts["peak_memory_bytes"] < MARGIN * peak + CHANCE
     if "--no-verify" in WAYS[way]:
         written = max(size for name, size in sizes(done.path / "model.safetensors"))
         assert peak < 3 * max(largest, written) + 300e6

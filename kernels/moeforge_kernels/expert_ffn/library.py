@@ -1,0 +1,23 @@
+"""torch's own kernels: two grouped products and what stands between them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..activations import activation as find
+from ..combine import combine
+from ..grouped_gemm.library import grouped_gemm
+from ..pairs import Pairs
+
+
+def expert_ffn(x: Tensor, pairs: Pairs, up: Tensor, down: Tensor, *, activation: str, gated: bool,
+               up_bias: Tensor | None, down_bias: Tensor | None) -> Tensor:  # fmt: skip
+    """See :func:`moeforge_kernels.expert_ffn.expert_ffn`."""
+    hidden = grouped_gemm(x, up, pairs, bias=up_bias)
+    act = find(activation)
+    if gated:
+        gate, value = hidden.chunk(2, -1)
+        hidden = act(gate) * value
+    else:
+        hidden = act(hidden)
+    return combine(grouped_gemm(hidden, down, pairs, bias=down_bias, gather=False), pairs)

@@ -1,0 +1,37 @@
+"""One matrix product an expert, over the rows that chose it; see README.md."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dispatch import Backend, Op, always
+from ..pairs import Pairs
+
+OP = Op(
+    "grouped_gemm",
+    Backend("torch", "grouped_gemm.library:grouped_gemm", always),
+    Backend("reference", "grouped_gemm.reference:grouped_gemm", always),
+)
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    pairs: Pairs,
+    *,
+    bias: Tensor | None = None,
+    gather: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """y_p = W[expert_p] x_row(p) + b[expert_p] for every real pair p.
+
+    Args:
+        x: [T, K] rows of tokens when `gather` (row of pair p: token_p), else [P, K] rows of pairs.
+        weight: [E, N, K].
+        bias: [E, N].
+
+    Returns:
+        [P, N] in x's dtype; rows of empty pairs are zero. Differentiable in x, weight and bias.
+    """
+    chosen = OP.choose(backend, x, weight, pairs, bias=bias, gather=gather)
+    return chosen.function(x, weight, pairs, bias=bias, gather=gather)

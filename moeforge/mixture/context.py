@@ -1,0 +1,51 @@
+"""What the mixtures of one model share during a forward pass: no globals, no module attributes that outlive a batch.
+
+The model hands one context to all of its mixture layers. Before a forward pass it is told which tokens are real and what they
+are about; while it is open each layer leaves its Routing there. It closes when the forward pass ends, so that the second
+forward of gradient checkpointing, which runs inside backward, reads the same mask and records nothing twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .routing import Routing
+
+
+@dataclass
+class MixtureContext:
+    """One per model and process.
+
+    Attributes:
+        real: [T] bool over the flat batch, False for padding; None: every token is real.
+        labels: [T] int64: the domain, modality or task of every token, for routers and statistics that ask; None: nobody said.
+        seen: layer name -> what its router said in the latest recorded forward pass.
+    """
+
+    real: Tensor | None = None
+    labels: Tensor | None = None
+    seen: dict[str, Routing] = field(default_factory=dict)
+    recording: bool = False
+
+    def begin(self, real: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """A forward pass starts: [B, T] or [T] masks and labels of its tokens."""
+        self.real = None if real is None else real.reshape(-1).bool()
+        self.labels = None if labels is None else labels.reshape(-1)
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[dict[str, Routing]]:
+        """Collect what routers say while the block runs. Leave it before `backward`."""
+        self.seen, self.recording = {}, True
+        try:
+            yield self.seen
+        finally:
+            self.recording = False
+
+    def note(self, layer: str, routing: Routing) -> None:
+        """Called by a layer."""
+        if self.recording:
+            self.seen[layer] = routing

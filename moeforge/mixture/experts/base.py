@@ -1,0 +1,53 @@
+"""The protocol of experts: a module that answers a list of pairs.
+
+A kind of experts is one class. It gets the tokens and the Pairs and returns what is added to the residual stream, weighted and
+summed: so a kind whose experts share work (a frozen base, one wide matrix product) does that work once a token, and a kind
+without shared work calls one kernel. In memory its parameters are stacked [E, ...]; on disk every expert has its own tensors
+under the names that the dense model used. `stored` is that mapping, as data, read in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moeforge_kernels.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a stacked parameter [E, R, ...] lies on disk: one tensor a part and expert, the parts one after the other along R.
+
+    Attributes:
+        parts: names below `experts.{e}.`, such as `gate_proj.weight`.
+        rows: their sizes along R; their sum is R.
+        transposed: on disk each matrix is [columns, rows] (GPT-2's Conv1D).
+        shared: the parameter has no expert axis and is stored once, below the mixture.
+    """
+
+    parts: tuple[str, ...]
+    rows: tuple[int, ...]
+    transposed: bool = False
+    shared: bool = False
+
+
+class Experts(nn.Module):
+    """Base class of every kind of experts.
+
+    Attributes:
+        count: E.
+        width: D, of the hidden states that come in and go out.
+    """
+
+    count: int
+    width: int
+
+    def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
+        """out_t = sum over the pairs (t, e, w) of w * expert_e(x_t): [T, D] -> [T, D], in x's dtype."""
+        raise NotImplementedError
+
+    def stored(self) -> Mapping[str, Stored]:
+        """Parameter name -> how it lies on disk, for every parameter."""
+        raise NotImplementedError

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
 
 Parts = dict[str, "torch.Tensor"]
 """The stored tensors of one matrix, by role; the roles are those of :mod:`moeforge.checkpoint.quantized_schemes`."""
@@ -70,15 +68,6 @@ class Codec(Protocol):
     def quantization_config(self, options: Any, dtype: str, skip: list[str]) -> dict[str, Any]:
         """What stock transformers must find in config.json; `skip` names the linear modules left as they are."""
         ...
-
-
-class Loads:
-    """What `moeforge.load` calls when config.json names a method."""
-
-    def load_model(self: Codec, checkpoint: Checkpoint, **how: Any) -> PreTrainedModel:
-        from .runtime import load_model
-
-        return load_model(self, checkpoint, **how)
 
 
 def float_tensor(array: np.ndarray, info: TensorInfo) -> torch.Tensor:

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.gguf import GGUFCheckpoint
 from moeforge.checkpoint.open import COMPRESSION
-from moeforge.errors import BadInput, UsageProblem
-from moeforge.options import Bytes, opt
+from moeforge.errors import BadInput
 from moeforge.pipeline.artifact import Artifact, Plan
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 
 from .narrow import DTYPES
-
-
-@dataclass(frozen=True)
-class Options:
-    to: Literal["hf", "gguf"] = opt("hf: a plain Hugging Face directory; gguf: a file for llama.cpp")
-    type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = opt(
-        "number format of the weights; auto keeps the source's", default="auto"
-    )
-    max_shard_size: Bytes = opt("largest safetensors file", default=Bytes(5_000_000_000), unit="bytes")
-    dequantize: bool = opt("accept a source that is quantised or compressed, and decode it first", default=False)
-    allow_pickle: bool = opt("accept .bin files, which can run code when read", default=False)
-
-    def __post_init__(self) -> None:
-        if self.to == "hf" and self.type == "q8_0":
-            raise UsageProblem(
-                "--type q8_0 is a GGUF format; with --to hf choose auto, f32, f16 or bf16, or run compress"
-            )
+from .options import Options
 
 
 class Export:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,7 @@ from . import gguf_model
 from .gguf_file import write_gguf
 from .gguf_vocab import vocabulary
 from .narrow import DTYPES
-
-if TYPE_CHECKING:
-    from .stage import Options
+from .options import Options
 
 
 @dataclass(frozen=True)

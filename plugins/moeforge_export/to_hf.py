@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.companions import write_companions
@@ -17,9 +16,7 @@ from moeforge.pipeline.stage import Written
 from moeforge.pipeline.workspace import Workspace
 
 from .narrow import DTYPES, narrow
-
-if TYPE_CHECKING:
-    from .stage import Options
+from .options import Options
 
 METADATA = {"format": "pt"}
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -12,7 +12,8 @@ import numpy as np
 from moeforge.checkpoint.roles import role_of
 from moeforge.checkpoint.tensor import TensorInfo
 
-from ..codec import Loads, Parts, float_tensor
+from ..codec import Parts, float_tensor
+from ..loads import Loads
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,8 @@ from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.errors import UsageProblem
 from moeforge.options import opt
 
-from ..codec import Loads, Parts, float_tensor
+from ..codec import Parts, float_tensor
+from ..loads import Loads
 
 if TYPE_CHECKING:
     import torch

@@ -36,6 +36,12 @@ class MixtureContext:
         self.real = None if real is None else real.reshape(-1).bool()
         self.labels = None if labels is None else labels.reshape(-1)
 
+    def of(self, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        """(real, labels) of a call with that many tokens: the mask of a whole prompt does not describe the one token of a decoding
+        step."""
+        real, labels = (None if v is None or len(v) != tokens else v for v in (self.real, self.labels))
+        return real, labels
+
     @contextlib.contextmanager
     def record(self) -> Iterator[dict[str, Routing]]:
         """Collect what routers say while the block runs. Leave it before `backward`."""

@@ -38,14 +38,19 @@ class Experts(nn.Module):
 
     Attributes:
         count: E.
-        width: D, of the hidden states that come in and go out.
+        width: D, of the hidden states that come in; and go out, unless the site is one linear map D -> D'.
     """
 
     count: int
     width: int
 
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """[..., D] as the site gets it -> [T, ...], what `forward` gets: the one place where experts see how tokens lie in a batch
+        (frequency bands of an image, heads). By default the tokens, flat."""
+        return hidden.reshape(-1, hidden.shape[-1])
+
     def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
-        """out_t = sum over the pairs (t, e, w) of w * expert_e(x_t): [T, D] -> [T, D], in x's dtype."""
+        """out_t = sum over the pairs (t, e, w) of w * expert_e(x_t): [T, D] -> [T, D'], in x's dtype."""
         raise NotImplementedError
 
     def stored(self) -> Mapping[str, Stored]:

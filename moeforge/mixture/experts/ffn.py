@@ -45,11 +45,20 @@ class FFNExperts(Experts):
         self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.empty(count, rows)) if bias else None)
         self.register_parameter("down_proj_bias", nn.Parameter(torch.empty(count, width)) if bias else None)
 
-    def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """(up [E, 2F or F, D], down [E, D, F]) as they act: what a kind that stores them otherwise (ternary, packed) overrides."""
         up: Tensor = getattr(self, self.up_name)
+        return up, self.down_proj
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias of a projection by the name of its weight."""
+        return getattr(self, f"{name}_bias")
+
+    def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
+        up, down = self.weights()
         return expert_ffn(
-            x, pairs, up, self.down_proj, activation=self.activation, gated=self.gated,
-            up_bias=getattr(self, f"{self.up_name}_bias"), down_bias=self.down_proj_bias,
+            x, pairs, up, down, activation=self.activation, gated=self.gated,
+            up_bias=self.bias(self.up_name), down_bias=self.bias("down_proj"),
         )  # fmt: skip
 
     def stored(self) -> dict[str, Stored]:

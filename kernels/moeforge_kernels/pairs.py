@@ -46,6 +46,12 @@ class Pairs(NamedTuple):
         """[E] int32: tokens that each expert receives."""
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
 
+    def gates(self) -> Tensor:
+        """[T, E] the weights as a dense matrix, zero where a token does not visit an expert: for experts that are cheaper computed
+        for every token (low rank, heads) than gathered. Differentiable."""
+        dense = self.weight.new_zeros(self.tokens, self.experts + 1)
+        return dense.index_put((self.token, self.expert), self.weight, accumulate=True)[:, : self.experts]
+
     def token_order(self) -> tuple[Tensor, Tensor]:
         """(expert [P], weight [P]) token by token; the list before it was sorted."""
         return self.expert[self.by_token], self.weight[self.by_token]

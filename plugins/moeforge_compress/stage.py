@@ -20,7 +20,7 @@ from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 
-from . import accounting
+from . import accounting, memory
 from .codec import Codec
 
 
@@ -82,6 +82,7 @@ class Compress:
         read, write = sum(i.nbytes for i in tensors.values()), sum(i.nbytes for i in outputs)
         weights = sum(i.size for i in chosen)
         strangers = accounting.unknown(tensors)
+        phases = memory.by_phase(checkpoint, ops, stored, options.eval_tokens if options.eval else None)
         return Plan(
             verb=self.name, method=codec.name,
             summary=f"{codec.name}: {len(chosen)} of {len(tensors)} tensors, {format_bytes(read)} become {format_bytes(write)}",
@@ -90,8 +91,8 @@ class Compress:
             facts={
                 "read_bytes": read, "write_bytes": write, "files": len(plan_shards(outputs, options.max_shard_size)),
                 "bits_per_compressed_weight": 8 * sum(p.nbytes for parts in stored.values() for p in parts.values()) / weights,
-                # bitsandbytes works on a float32 copy and keeps a few temporaries of its size
-                "peak_memory_bytes": 300_000_000 + 16 * max(i.size for i in tensors.values()),
+                "peak_memory_bytes": max(phases.values()),
+                "peak_memory_by_phase_bytes": phases,
                 "bytes_by_role": table,
             },
             verdicts={"exact": False, "portability": _portability(chosen, codec, method.options)},

@@ -17,13 +17,13 @@ FILES_SHOWN = 20
 
 
 def describe_value(name: str, value: Any) -> str:
-    """A fact's value: `_bytes` as sizes, `parameters*` with millions, nested tables flat."""
+    """A fact's value: `*_bytes` and `bytes_*` as sizes, `parameters*` with millions, nested tables flat."""
     if isinstance(value, Mapping):
-        unit = name if name.endswith("_bytes") else ""
+        unit = name if _is_bytes(name) else ""
         return ", ".join(f"{key} {describe_value(unit or str(key), inner)}" for key, inner in value.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name.endswith("_bytes") and isinstance(value, int | float):
+    if _is_bytes(name) and isinstance(value, int | float):
         return format_bytes(value)
     if name.startswith("parameters") and isinstance(value, int):
         return f"{value / 1e9:.3g} B" if value >= 1e9 else f"{value / 1e6:.4g} M"
@@ -32,6 +32,10 @@ def describe_value(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return str(value)
+
+
+def _is_bytes(name: str) -> bool:
+    return name.endswith("_bytes") or name.startswith("bytes_")
 
 
 def rows(table: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,13 @@ def test_files_that_are_counted_stay_a_count():
     ]
 
 
+def test_tables_of_bytes_are_told_as_sizes():
+    facts = {"bytes_by_role": {"experts": {"nf4": 358_422_480}}, "peak_memory_by_phase_bytes": {"writing": 2_000_000}}
+    _, roles, phases = describe_plan(Plan("v", None, "s", facts=facts))
+    assert roles.split(": ")[1].strip() == "experts nf4 358 MB"
+    assert phases.split(": ")[1].strip() == "writing 2 MB"
+
+
 def test_files_that_are_listed_stand_one_a_line_the_largest_first():
     sizes = {
         f"file-{number}": size for number, size in enumerate(Random(7).sample(range(1000, 10**9), FILES_SHOWN + 4))

@@ -46,6 +46,12 @@ class Pairs(NamedTuple):
         """[E] int32: tokens that each expert receives."""
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
 
+    def lengths(self) -> Tensor:
+        """[T] int64: pairs of each token, as they stand in `by_token`; empty pairs of an expert choice count as the last token's."""
+        tokens = torch.arange(self.tokens, device=self.token.device)
+        ends = torch.searchsorted(self.token[self.by_token], tokens, right=True)
+        return torch.diff(ends, prepend=ends.new_zeros(1))
+
     def gates(self) -> Tensor:
         """[T, E] the weights as a dense matrix, zero where a token does not visit an expert: for experts that are cheaper computed
         for every token (low rank, heads) than gathered. Differentiable."""

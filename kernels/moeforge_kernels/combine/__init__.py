@@ -7,7 +7,11 @@ from torch import Tensor
 from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
 
-OP = Op("combine", Backend("reference", "combine.reference:combine", always))
+OP = Op(
+    "combine",
+    Backend("torch", "combine.library:combine", always),
+    Backend("reference", "combine.reference:combine", always),
+)
 
 
 def combine(y: Tensor, pairs: Pairs, *, backend: str | None = None) -> Tensor:
@@ -17,6 +21,6 @@ def combine(y: Tensor, pairs: Pairs, *, backend: str | None = None) -> Tensor:
         y: [P, N]; rows of empty pairs are ignored, whatever they hold.
 
     Returns:
-        [T, N] in y's dtype, summed in float32 (float64 stays).
+        [T, N] in y's dtype, summed in float32 (float64 stays). Differentiable in y and the pairs' weights.
     """
     return OP.choose(backend, y, pairs).function(y, pairs)

@@ -16,6 +16,4 @@ def combine(y: Tensor, pairs: Pairs) -> Tensor:
     ordered = weighted[pairs.by_token]
     if pairs.slots is not None:
         return ordered.view(pairs.tokens, pairs.slots, y.shape[-1]).sum(1).to(y.dtype)
-    # expert choice: a token has any number of pairs; empty ones stand at the end of the token order with token id T - 1
-    lengths = torch.bincount(pairs.token, minlength=pairs.tokens)
-    return torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, unsafe=True).to(y.dtype)
+    return torch.segment_reduce(ordered, "sum", lengths=pairs.lengths(), axis=0, unsafe=True).to(y.dtype)

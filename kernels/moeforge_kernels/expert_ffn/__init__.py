@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
+from .library import why_not as _library_lacks
 
 OP = Op(
     "expert_ffn",
-    Backend("torch", "expert_ffn.library:expert_ffn", always),
+    Backend("torch", "expert_ffn.library:expert_ffn", _library_lacks),
     Backend("reference", "expert_ffn.reference:expert_ffn", always),
 )
 

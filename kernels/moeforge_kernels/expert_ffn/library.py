@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..activations import activation as find
-from ..combine import combine
+from ..combine.library import combine
 from ..grouped_gemm.library import grouped_gemm
+from ..grouped_gemm.library import why_not as product_why_not
 from ..pairs import Pairs
+
+
+def why_not(x: Tensor, pairs: Pairs, up: Tensor, down: Tensor, **_: Any) -> str | None:
+    """What torch's grouped product refuses, in one sentence."""
+    return product_why_not(x, up, pairs) or product_why_not(x, down, pairs)
 
 
 def expert_ffn(x: Tensor, pairs: Pairs, up: Tensor, down: Tensor, *, activation: str, gated: bool,

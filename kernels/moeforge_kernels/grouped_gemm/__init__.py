@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
+from .library import why_not as _library_lacks
 
 OP = Op(
     "grouped_gemm",
-    Backend("torch", "grouped_gemm.library:grouped_gemm", always),
+    Backend("torch", "grouped_gemm.library:grouped_gemm", _library_lacks),
     Backend("reference", "grouped_gemm.reference:grouped_gemm", always),
 )
 

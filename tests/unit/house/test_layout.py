@@ -12,7 +12,13 @@ MAY_IMPORT = {
     "moeforge_kernels": set(),
     "moeforge.checkpoint": set(),
     "moeforge.mixture": {"moeforge_kernels"},
-    "moeforge.model": {"moeforge.mixture", "moeforge.checkpoint", "moeforge.registry", "moeforge.pipeline"},
+    "moeforge.model": {
+        "moeforge_kernels",
+        "moeforge.mixture",
+        "moeforge.checkpoint",
+        "moeforge.registry",
+        "moeforge.pipeline",
+    },
     "moeforge.train": {
         "moeforge.model",
         "moeforge.mixture",

@@ -1,0 +1,108 @@
+"""The config of a model with mixtures: the dense model's own, untouched, and what stands at its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..errors import BadInput
+from ..mixture.config import MixtureConfig
+
+MODEL_TYPE = "moeforge"
+_OWN = frozenset({"base_config", "mixtures", "model_type", "architectures", "dtype", "quantization_config", "auto_map",
+                  "transformers_version", "_name_or_path", "moeforge_compression"})  # fmt: skip
+"""What is said about the whole; anything else is a setting of the dense model."""
+
+
+class MoeforgeConfig(PreTrainedConfig):
+    """`config.json` of type `moeforge`.
+
+    Whatever asks for a setting of the dense model (sizes, token ids, the cache's layout, dropout) gets it from `base_config`, and
+    whoever changes one changes it there, where the dense model's modules look.
+
+    Args:
+        base_config: the dense model's config: a config object, or its JSON with `model_type` and `architectures`.
+        mixtures: the entries, parsed or as JSON.
+
+    Raises:
+        BadInput: an unknown key, a base that transformers does not know, or an entry without meaning.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs = {"base_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
+    base_config = None
+
+    def __init__(
+        self, base_config: PreTrainedConfig | dict[str, Any] | None = None, mixtures: Sequence[Any] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.mixtures = [MixtureConfig.from_json(m.as_json() if isinstance(m, MixtureConfig) else m) for m in mixtures]
+        if isinstance(base_config, dict):
+            from .build import parse_config
+
+            if base_config.get("model_type") == MODEL_TYPE:
+                raise BadInput(
+                    "config.json: base_config is itself of type moeforge; it must be that of the dense model"
+                )
+            base_config = parse_config(base_config)
+        self.base_config = base_config  # from here on, settings are those of the dense model
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a parsed `config.json`.
+
+        Raises:
+            BadInput: see the class.
+        """
+        known = _OWN | {"torch_dtype"}
+        if unknown := sorted(key for key in config_dict if key not in known and not key.startswith("_")):
+            raise BadInput(
+                f"config.json of type moeforge: unknown key {unknown[0]!r}; a newer moeforge may have written it"
+            )
+        for key, kind in (("base_config", dict), ("mixtures", list)):
+            if not isinstance(config_dict.get(key), kind):
+                raise BadInput(f"config.json of type moeforge: {key} = {config_dict.get(key)!r}: expected "
+                               f"{'an object' if kind is dict else 'a list'}")  # fmt: skip
+        return super().from_dict(config_dict, **kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The config of the dense model's text tower: what generation and caches look at."""
+        return self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        found = {key: value for key, value in super().to_dict().items() if key in _OWN and value is not None}
+        found.pop("_name_or_path", None)
+        base = None if self.base_config is None else self.base_config.to_diff_dict()
+        return found | {"base_config": base, "mixtures": [entry.as_json() for entry in self.mixtures]}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: entries name every field, so that a later default does not change an old checkpoint."""
+        return self.to_dict()
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """The dense model's own checks; its entries were checked when they were read."""
+        if (check := getattr(self.base_config, "validate", None)) is not None:
+            check(*args, **kwargs)
+
+    def _base_of(self, key: str) -> PreTrainedConfig | None:
+        """The config that a key is a setting of, when that is the dense model's."""
+        base = object.__getattribute__(self, "__dict__").get("base_config")
+        if base is None or key in _OWN or (key.startswith("__") and key.endswith("__")):
+            return None
+        return base if key in base.__dict__ or key in type(base).attribute_map else None
+
+    def __getattribute__(self, key: str) -> Any:
+        if key in ("_base_of", "__dict__", "__class__"):
+            return object.__getattribute__(self, key)
+        base = self._base_of(key)
+        return super().__getattribute__(key) if base is None else getattr(base, key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        base = self._base_of(key)
+        if base is None:
+            super().__setattr__(key, value)
+        else:
+            setattr(base, key, value)

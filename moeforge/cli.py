@@ -13,7 +13,9 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,8 +26,25 @@ from .options import specs
 from .verb import Verb, check_names
 
 
+@contextlib.contextmanager
+def _noticing_a_reader_that_is_gone() -> Iterator[None]:
+    """click itself would end with code 1, which means that the work failed."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise click.exceptions.Exit(ExitCode.READER_GONE) from error
+
+
 class Forge(click.Group):
     """The verbs, listed without importing them until their summary is needed."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _noticing_a_reader_that_is_gone():  # --help prints here
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _noticing_a_reader_that_is_gone():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*registry.entries("moeforge.verbs"), *super().list_commands(ctx)]

@@ -1,6 +1,7 @@
 """The command around the verbs: typed common options, broken plugins, and how a process ends."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, make_dataclass
@@ -302,6 +303,19 @@ def test_odd_streams_and_paths_end_in_one_line_and_the_right_code(script, code, 
     assert done.returncode == code
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == bool(said)
+
+
+@pytest.mark.parametrize(
+    "words", ["plugins", "--help", "show --help", "completion bash", "show model", "diff model model"]
+)
+def test_a_reader_that_is_gone_is_no_failure(tmp_path, words):
+    made = run("export", save_tiny(tmp_path / "dense", "llama"), "--to", "hf", "-o", tmp_path / "model", check=True)
+    ends, starts = os.pipe()
+    os.close(ends)
+    argv = moeforge_argv(*(made.path if word == "model" else word for word in words.split()))
+    done = subprocess.run(argv, stdout=starts, stderr=subprocess.PIPE, text=True, env=environment())
+    os.close(starts)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_closed_stream_is_not_taken_by_a_file(tmp_path):

@@ -31,6 +31,8 @@ ROUNDING_DRAWS = 3
 TOKENS = 256
 HEAD = 32
 """Tokens of which the second model's logits are held at once: its head is run that often less."""
+POSITIONS = 8
+"""Tokens of which both models' distributions are held in float64 at once."""
 LONGEST = 4096
 """A sliding window up to this long is exceeded by one sequence of the test tokens, so that dropping it shows."""
 
@@ -168,19 +170,19 @@ def prove(
         if ctx is not None:
             ctx.check()
         layers.append(_compare_layer(index, models, states))
-    logits = Comparison()
-    differences = [
-        _compare_logits(logits, models, a, b, text=i >= len(batches) - len(text))
+    apart = [
+        _compare_logits(models, a, b, text=i >= len(batches) - len(text))
         for i, (a, b) in enumerate(zip(*states, strict=True))
     ]
+    logits, on_text = Comparison.joined(apart), Comparison.joined(apart[len(batches) - len(text) :])
     error = logits.relative_error
     blocks = all(layer.local_error <= threshold and math.isfinite(layer.error) for layer in layers)
     finite = logits.finite and all(layer.finite for layer in layers)
-    exact = blocks and math.isfinite(error) and logits.disagreements == 0
+    exact = blocks and math.isfinite(error) and logits.agreed == logits.tokens
     rounding = None
     if exact and error > threshold:
         # only the sequences in question are run again
-        suspects = [state for state, d in zip(states[0], differences, strict=True) if d > threshold * logits.scale]
+        suspects = [s for s, part in zip(states[0], apart, strict=True) if part.difference > threshold * logits.scale]
         rounding = rounding_error(models[0], suspects, seed, logits.scale)
         exact = error <= rounding
     return Proof(
@@ -188,12 +190,12 @@ def prove(
         finite=finite,
         relative_error=error,
         rounding=rounding,
-        argmax_equal=1 - logits.disagreements / logits.tokens,
-        kl=logits.kl_sum / logits.tokens,
+        argmax_equal=logits.agreed / logits.tokens,
+        kl=logits.kl / logits.tokens,
         kl_max=logits.kl_max,
-        text_kl=logits.text_kl / logits.text_tokens if logits.text_tokens else None,
-        cross_entropy=(logits.loss[0] / logits.predicted, logits.loss[1] / logits.predicted)
-        if logits.predicted
+        text_kl=on_text.kl / on_text.tokens if text else None,
+        cross_entropy=(on_text.first.loss / on_text.first.tokens, on_text.second.loss / on_text.second.tokens)
+        if text
         else None,
         tokens=logits.tokens,
         threshold=threshold,
@@ -326,26 +328,25 @@ def _largest(tensors: Sequence[torch.Tensor]) -> float:
     return math.nan if any(math.isnan(v) for v in values) else max(values)
 
 
-def _compare_logits(
-    into: Comparison, models: Sequence[StreamedModel], first: State, second: State, text: bool = False
-) -> float:
-    """Add one sequence to a comparison; returns its max|dlogit|.
+def _compare_logits(models: Sequence[StreamedModel], first: State, second: State, text: bool = False) -> Comparison:
+    """The logits on one sequence, side by side.
 
     All logits of one model and those of `HEAD` positions of the other are in memory, and one head at a time.
     """
     import torch
 
-    whole = models[0].logits(first)
+    whole = models[0].logits(first).flatten(0, 1)
     targets = torch.full_like(first.ids, -1)
     if text:
         targets[:, :-1] = first.ids[:, 1:]
-    largest = 0.0
+    targets, found = targets.flatten(), Comparison()
     with models[1].holding():
-        for start in range(0, whole.shape[1], HEAD):
-            rows = slice(start, start + HEAD)
-            found = into.add(whole[:, rows], models[1].logits(second, rows), targets[:, rows] if text else None)
-            largest = worst(largest, found)
-    return largest
+        for start in range(0, first.ids.shape[1], HEAD):
+            other = models[1].logits(second, slice(start, start + HEAD)).flatten(0, 1)
+            for at in range(0, len(other), POSITIONS):
+                rows = slice(start + at, start + min(at + POSITIONS, len(other)))
+                found.add(whole[rows], other[at : at + POSITIONS], targets[rows] if text else None)
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.base import Checkpoint
 from ..errors import BadInput, GateRefused
+from ..model.comparison import Comparison, Prediction
 from ..model.tokenizer import has_tokenizer, load_tokenizer
 from ..pipeline.context import Context
 from .data import Document, Pool
@@ -34,67 +35,47 @@ PROBES = 32
 
 @dataclass
 class Score:
-    """Sums over the predicted tokens.
+    """What is known of the predicted tokens: of this model's `own` predictions, of another one's and the distance from it."""
 
-    Attributes:
-        loss: cross-entropy, nats; `against_loss`: the other model's.
-        right: tokens that were the model's favourite.
-        divergence: KL(other || model), nats; `agreed`: tokens on which the other model's favourite is this one's too.
-    """
+    comparison: Comparison = field(default_factory=Comparison)
 
-    tokens: int = 0
-    loss: float = 0.0
-    right: int = 0
-    against_loss: float = 0.0
-    divergence: float = 0.0
-    agreed: int = 0
+    @property
+    def own(self) -> Prediction:
+        # the other model is the reference
+        return self.comparison.second
 
     def add(self, logits: Tensor, labels: Tensor, other: Tensor | None) -> None:
         """logits, other: [B, t, V] (V may differ by unused ids); labels: [B, t], `IGNORE` where nothing is predicted."""
         known = labels != IGNORE
-        targets = labels[known][:, None]
-        mine = _precise(logits[known])
-        self.tokens += len(targets)
-        self.loss -= float(mine.log_softmax(-1).gather(1, targets).sum())
-        favourite = mine.argmax(-1, keepdim=True)
-        self.right += int((favourite == targets).sum())
-        if other is None:
+        if not known.any():
             return
-        theirs = _precise(other[known])
-        self.against_loss -= float(theirs.log_softmax(-1).gather(1, targets).sum())
-        common = min(mine.shape[-1], theirs.shape[-1])
-        mine, theirs = mine[:, :common], theirs[:, :common]
-        p, q = theirs.log_softmax(-1), mine.log_softmax(-1)
-        self.divergence += float((p.exp() * (p - q)).sum())
-        # an exact tie of the other model is no disagreement: either choice has its largest logit
-        chosen = theirs.gather(1, mine.argmax(-1, keepdim=True))
-        self.agreed += int((chosen == theirs.amax(-1, keepdim=True)).sum())
+        if other is None:
+            self.own.add(logits[known], labels[known])
+        else:
+            self.comparison.add(other[known], logits[known], labels[known])
 
     def not_finite(self) -> list[int]:
         """Which of the two models (0: this one, 1: the other) the numbers so far are not finite for."""
-        sums = (self.loss, self.against_loss)
+        sums = (self.own.loss, self.comparison.first.loss)
         found = [index for index, value in enumerate(sums) if not math.isfinite(value)]
-        return found if found or math.isfinite(self.divergence) else [0, 1]
+        return found if found or self.comparison.finite else [0, 1]
 
     def as_json(self, *, against: bool) -> dict[str, float | int]:
         """Means over the tokens."""
-        count = self.tokens
-        found: dict[str, float | int] = {"tokens": count, "loss": self.loss / count,
-                                         "perplexity": perplexity(self.loss / count), "accuracy": self.right / count}  # fmt: skip
+        count, own = self.own.tokens, self.own
+        found: dict[str, float | int] = {"tokens": count, "loss": own.loss / count,
+                                         "perplexity": perplexity(own.loss / count), "accuracy": own.right / count}  # fmt: skip
         if against:
-            found |= {"against_loss": self.against_loss / count, "against_perplexity": perplexity(self.against_loss / count),
-                      "kl": self.divergence / count, "agreement": self.agreed / count}  # fmt: skip
+            apart = self.comparison
+            loss = apart.first.loss / count
+            found |= {"against_loss": loss, "against_perplexity": perplexity(loss),
+                      "kl": apart.kl / count, "agreement": apart.agreed / count}  # fmt: skip
         return found
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where a float ends, NaN for NaN."""
     return math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
-
-
-def _precise(logits: Tensor) -> Tensor:
-    """float64, so that a divergence of 1e-9 is one; float32 where the device has nothing wider."""
-    return logits.float() if logits.device.type == "mps" else logits.double()
 
 
 @dataclass(frozen=True)
@@ -206,7 +187,7 @@ def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Chec
                 for at, one in enumerate(group):
                     _add(score, one, [out[at] for out in outs])
                     _check_finite(score, runners)
-                    bar.advance(0, f"loss {score.loss / score.tokens:.4f}")
+                    bar.advance(0, f"loss {score.own.loss / score.own.tokens:.4f}")
     values = score.as_json(against=against is not None)
     first = runners[0]
     return Measured(
@@ -225,7 +206,7 @@ def _add(score: Score, one: Batch, logits: Sequence[Callable[[slice], Tensor]]) 
 def _check_finite(score: Score, runners: Sequence[Runner]) -> None:
     if wrong := score.not_finite():
         told = " and ".join(f"{runners[index].ref} (computed in {runners[index].dtype})" for index in wrong)
-        raise GateRefused(f"{told}: infinities or NaN within {score.tokens} predicted tokens, so there is nothing to measure; "
+        raise GateRefused(f"{told}: infinities or NaN within {score.own.tokens} predicted tokens, so there is nothing to measure; "
                           "its weights are damaged, or the type is too narrow for it")  # fmt: skip
 
 

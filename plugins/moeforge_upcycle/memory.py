@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from moeforge.checkpoint.architectures import FFN
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.digest import cores
 from moeforge.checkpoint.ops import TensorOp
@@ -18,7 +17,6 @@ from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.checkpoint.writer import MAX_MEMORY, op_memory
 from moeforge.errors import MachineLacks
 from moeforge.model import proof
-from moeforge.model.comparison import POSITIONS
 from moeforge.options import format_bytes
 
 from . import domains
@@ -90,8 +88,8 @@ def _held(job: Job, ops: Sequence[TensorOp]) -> list[int]:
     """
     held = [op_memory(op) for op in ops]
     if not job.shape.exact or job.shape.width != job.settings["intermediate_size"]:
-        matrix = job.parents[0].info("gate", job.sparse[0])
-        held += [2 * matrix.nbytes + 12 * matrix.size] * (len(job.sparse) * len(FFN))
+        matrix = job.parents[0].info("up", job.sparse[0])
+        held += [2 * matrix.nbytes + 12 * matrix.size] * (len(job.sparse) * len(job.parents[0].matrices))
     return sorted(held, reverse=True)
 
 
@@ -128,10 +126,10 @@ def proof_bytes(job: Job, ops: Iterable[TensorOp]) -> int:
     weights = max(_unit(source.tensors.values()) + reading, _unit(written) + placing)
     texts = [PROOF_TOKENS] * (len(job.options.calibration) or len(domains.DEFAULT)) if not job.shape.exact else []
     lengths = [*proof.token_lengths(source.config), *texts]
-    vocabulary, width, longest = job.settings["vocab_size"], job.settings["hidden_size"], max(lengths)
+    vocabulary, width, longest = job.settings.get("vocab_size", 0), job.settings["hidden_size"], max(lengths)
     hidden = 8 * 4 * sum(lengths) * width
     masks = 2 * 4 * sum(length**2 for length in lengths)
-    logits = 4 * (longest + proof.HEAD) * vocabulary + 6 * 8 * POSITIONS * vocabulary
+    logits = 4 * (longest + proof.HEAD) * vocabulary + 6 * 8 * proof.POSITIONS * vocabulary
     experts = 4 * 4 * longest * job.shape.top_k * job.settings["intermediate_size"]
     return RUNNING + weights + hidden + masks + max(logits, experts)
 
@@ -166,7 +164,7 @@ def _unit(tensors: Iterable[TensorInfo]) -> int:
     """Bytes in float32 of the largest decoder layer, or of the largest tensor outside the layers where that is more."""
     layers: dict[str, int] = {}
     for info in tensors:
-        found = re.match(r"(?:.*?\.)?layers\.(\d+)\.", info.name)
+        found = re.match(r"(?:.*?\.)?(?:layers?|h)\.(\d+)\.", info.name)
         key = found[1] if found else info.name
         layers[key] = layers.get(key, 0) + 4 * info.size
     return max(layers.values())

@@ -8,7 +8,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from moeforge.checkpoint import open_checkpoint
 from moeforge.errors import BadInput, GateRefused, MachineLacks, UsageProblem
+from moeforge.model.proof import prove
 from moeforge.options import build
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
@@ -146,9 +148,34 @@ def test_held_out_is_what_tune_keeps_out(answer, saved, tokenizer, text):
 def test_an_exact_tie_of_the_other_model_is_no_disagreement():
     score = Score()
     score.add(torch.tensor([[[1.0, 2.0, 0.0]]]), torch.tensor([[0]]), torch.tensor([[[2.0, 2.0, 1.0]]]))
-    assert score.agreed == 1 and score.right == 0
+    assert score.comparison.agreed == 1 and score.own.right == 0
     score.add(torch.tensor([[[1.0, 2.0, 5.0]]]), torch.tensor([[2]]), torch.tensor([[[2.0, 2.0, 1.0]]]))
-    assert score.agreed == 1 and score.right == 1 and score.tokens == 2
+    assert score.comparison.agreed == 1 and score.own.right == 1 and score.own.tokens == 2
+
+
+def test_eval_and_the_proof_agree_on_the_same_logits(answer, saved, tokenizer, tmp_path):
+    """One document in one window: the proof's random ids aside, both look at the same tokens."""
+    near, _ = tiny_dense("llama")
+    with torch.no_grad():
+        for weight in near.parameters():
+            weight += 0.05 * weight.std() * torch.randn_like(weight)
+    near.save_pretrained(tmp_path / "near")
+    tokenizer.save_pretrained(tmp_path / "near")
+    body = "what two ways of measuring say of one text"
+    ids = [*tokenizer(body)["input_ids"], tokenizer.eos_token_id]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": body}))
+    found = answer(tmp_path / "near", data=(str(tmp_path / "d.jsonl"),), against=str(saved[1]), sequence_length=99).data
+    with open_checkpoint(str(saved[1])) as first:
+        shown = prove(first, tmp_path / "near", text=[ids])
+    assert found["tokens"] == len(ids) - 1 and found["kl"] > 1e-4
+    assert (found["against_loss"], found["loss"]) == pytest.approx(shown.cross_entropy, rel=1e-6)
+    # eval has no logits of the last token, which nothing follows
+    with torch.no_grad():
+        p, q = (
+            model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1) for model in (saved[0], near)
+        )
+    last = float((p.exp() * (p - q)).sum())
+    assert (found["kl"] * found["tokens"] + last) / len(ids) == pytest.approx(shown.text_kl, rel=1e-4)
 
 
 def test_held_out_of_a_mixture_is_what_tune_keeps_out_of_each_source(answer, saved, tokenizer, text, tmp_path):

@@ -21,23 +21,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import BadInput, MachineLacks, MoeforgeError
+from ..errors import MachineLacks, MoeforgeError
 from .digest import PREFIX, cores, join_digests, safetensors_digest
+from .feed import PIECE, Feed, bytes_of, op_memory
 from .index import INDEX, encode_index
-from .ops import Input, TensorOp
-from .safetensors import pieces, row_range
+from .ops import TensorOp, check_op
 from .shards import MAX_SHARD_BYTES, PT_METADATA, Shard, plan_shards
 from .tensor import SAFETENSORS_DTYPES, TensorInfo
 
 __all__ = ["Shard", "WrittenCheckpoint", "op_memory", "plan_shards", "write_checkpoint"]
 
 MAX_MEMORY = 256_000_000
-PIECE = 1 << 20
-"""Bytes hashed and written at a time: they stay in the processor's cache between the two."""
 SYNC_EVERY = 128_000_000
 """Written bytes after which a file is synced in the background."""
-_ROWS_BYTES = 32_000_000
-"""Bytes that a copy reads at a time where the source has no extent."""
 TICK = 0.1
 """Seconds between progress reports and checks for cancellation."""
 
@@ -94,12 +90,13 @@ def write_checkpoint(
         check: called from this thread for every op and at least every tenth of a second; may raise to stop.
 
     Raises:
-        BadInput: the plan is impossible (a name twice, a copy into another dtype or shape), or a source is damaged.
+        BadInput: the plan is impossible (a name twice, a copy into another dtype or shape), or a source is damaged
+            or holds weights that are infinite or not a number.
         MachineLacks: the disk has too little room.
         MoeforgeError: an op computed something else than planned.
     """
     for op in ops:
-        _check_op(op)
+        check_op(op)
     shards = plan_shards((info for op in ops for info in op.outputs), max_shard_bytes, metadata)
     run = _Run(out_dir, workers or min(cores(), 4), max_memory or MAX_MEMORY, journal,
                on_bytes or (lambda _: None), check or (lambda: None))  # fmt: skip
@@ -115,26 +112,6 @@ def write_checkpoint(
         written += len(index)
     return WrittenCheckpoint(files, {name: digests[name] for shard in shards for name in shard.layout.tensors},
                              written, run.copied, run.kept)  # fmt: skip
-
-
-def _input_info(source: Input) -> TensorInfo:
-    info = source.checkpoint.tensors.get(source.name)
-    if info is None:
-        raise BadInput(f"{source.checkpoint.ref}: no tensor {source.name!r}")
-    return TensorInfo(info.name, info.dtype, row_range(info, source.rows)[0])
-
-
-def _check_op(op: TensorOp) -> None:
-    """Raises BadInput when a copy would change dtype or shape."""
-    if op.compute is not None:
-        return
-    if len(op.inputs) != 1:
-        raise BadInput(f"{op.outputs[0].name!r}: a copy has one input, the plan gives {len(op.inputs)}")
-    source = _input_info(op.inputs[0])
-    for info in op.outputs:
-        if (info.dtype, info.shape) != (source.dtype, source.shape):
-            raise BadInput(f"{info.name!r} is planned as {info.dtype} {list(info.shape)}, but is a copy of {source.name!r}, "
-                           f"which is {source.dtype} {list(source.shape)}")  # fmt: skip
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -194,7 +171,7 @@ class _Run:
         self._stop = threading.Event()
         self._progress, self._reported = 0, 0
         self._lock = threading.Lock()
-        self._buffers = threading.local()
+        self._feed = Feed()
 
     def execute(self, ops: Sequence[TensorOp], shards: Sequence[Shard]) -> None:
         unfinished = [shard for shard in shards if not self._keep(shard)]
@@ -241,10 +218,7 @@ class _Run:
         """Create the files at full size with their headers, after checking that the disk has room."""
         for shard in shards:
             (self.out_dir / shard.name).unlink(missing_ok=True)
-        needed, free = sum(shard.total_bytes for shard in shards), shutil.disk_usage(self.out_dir).free
-        if needed > free:
-            raise MachineLacks(f"{self.out_dir}: {needed / 1e9:.3f} GB are to be written but the disk has {free / 1e9:.3f} GB free; "
-                               "free some room or choose another -o")  # fmt: skip
+        check_room(self.out_dir, sum(shard.total_bytes for shard in shards))
         for shard in shards:
             fd = os.open(self.out_dir / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             file = _File(shard, fd, len(shard.tensors))
@@ -311,7 +285,9 @@ class _Run:
 
     def _work(self, op: TensorOp) -> _Done:
         done = _Done({})
-        for data, infos in [(self._copied(op.inputs[0]), op.outputs)] if op.compute is None else self._computed(op):
+        for data, infos in (
+            [(self._feed.copied(op.inputs[0]), op.outputs)] if op.compute is None else self._computed(op)
+        ):
             wanted = [info for info in infos if info.name in self._targets]
             targets = [self._targets[info.name] for info in wanted]
             if targets:
@@ -335,22 +311,6 @@ class _Run:
                 self._progress += len(piece) * len(targets)
         return state.hexdigest(), at
 
-    def _copied(self, source: Input) -> Iterator[memoryview]:
-        """The input's bytes: straight from its file where it lies in one, else read some rows at a time."""
-        info = source.checkpoint.tensors[source.name]
-        extent = source.checkpoint.extent(source.name)
-        if extent is None:
-            for rows in _row_groups(info, source.rows):
-                yield _bytes_of(source.checkpoint.read(source.name, rows))
-            return
-        shape, skip = row_range(info, source.rows)
-        nbytes = TensorInfo(info.name, info.dtype, shape).nbytes
-        fd = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield from pieces(fd, extent.offset + skip, nbytes, f"{extent.path}: tensor {info.name!r}", self._buffer())
-        finally:
-            os.close(fd)
-
     def _computed(self, op: TensorOp) -> Iterator[tuple[Iterator[memoryview], list[TensorInfo]]]:
         """The bytes of each distinct array, with the outputs that it fills.
 
@@ -358,7 +318,7 @@ class _Run:
             MoeforgeError: count, dtype or shape is not what was planned.
         """
         assert op.compute is not None
-        result = op.compute(*(source.checkpoint.read(source.name, source.rows) for source in op.inputs))
+        result = op.compute(*self._feed.arrays(op))
         made = [np.asarray(result)] * len(op.outputs) if isinstance(result, np.ndarray | np.generic) else list(result)
         if len(made) != len(op.outputs):
             raise MoeforgeError(
@@ -372,50 +332,20 @@ class _Run:
                                     f"{dtype} {list(array.shape)}")  # fmt: skip
             groups.setdefault(id(array), (array, []))[1].append(info)
         for array, infos in groups.values():
-            data = _bytes_of(array)
+            data = bytes_of(array)
             yield (data[at : at + PIECE] for at in range(0, len(data), PIECE)), infos
 
-    def _buffer(self) -> memoryview:
-        """This thread's own copy buffer."""
-        if not hasattr(self._buffers, "view"):
-            self._buffers.view = memoryview(bytearray(PIECE))
-        return self._buffers.view
 
+def check_room(directory: Path, nbytes: int) -> None:
+    """Refuse what the disk has no room for before an hour is spent on it.
 
-def _row_groups(info: TensorInfo, rows: slice | None) -> Iterator[slice | None]:
-    """Slices of bounded size that together are rows `rows` of the tensor."""
-    if not info.shape or info.nbytes <= _ROWS_BYTES:
-        yield rows
-        return
-    start, stop, _ = (rows or slice(None)).indices(info.shape[0])
-    step = max(1, _ROWS_BYTES * info.shape[0] // info.nbytes)
-    for at in range(start, stop, step):
-        yield slice(at, min(at + step, stop))
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def op_memory(op: TensorOp) -> int:
-    """Bytes that an op holds at once, a bound that lies near what is measured.
-
-    A copy holds a piece, or some rows where they must be computed. A transform holds what it reads, what it makes (equal
-    outputs are one array) and, of the largest of these matrices, three arrays of four bytes a weight to work on.
+    Raises:
+        MachineLacks: with both numbers.
     """
-    infos = [_input_info(source) for source in op.inputs]
-    sizes = [info.nbytes for info in infos]
-    if op.compute is None:
-        if op.inputs[0].checkpoint.extent(op.inputs[0].name) is not None:
-            return PIECE
-        sizes = [min(sizes[0], _ROWS_BYTES)]
-    beside = [source.checkpoint.read_memory(source.name, n) - n for source, n in zip(op.inputs, sizes, strict=True)]
-    read = sum(sizes) + max(beside, default=0)
-    if op.compute is None:
-        return read
-    largest = max(info.nbytes for info in op.outputs)
-    made = min(sum(info.nbytes for info in op.outputs), max(sum(sizes), largest))
-    return max(read, sum(sizes) + made + 12 * max((info.size for info in infos), default=op.outputs[0].size))
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        raise MachineLacks(f"{directory}: {nbytes / 1e9:.3f} GB are to be written but the disk has {free / 1e9:.3f} GB free; "
+                           "free some room or choose another -o")  # fmt: skip
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

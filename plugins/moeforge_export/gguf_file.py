@@ -17,6 +17,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.gguf_names import rope_order
 from moeforge.checkpoint.gguf_quants import PLAIN
+from moeforge.checkpoint.writer import check_room
 
 from .gguf_model import TINY, Entry
 from .narrow import narrow
@@ -49,7 +50,12 @@ def write_gguf(
 
     Args:
         extra: small float32 tensors that are computed, not read (rotary factors).
+
+    Raises:
+        MachineLacks: the disk has no room for it.
     """
+    path.unlink(missing_ok=True)
+    check_room(path.parent, sum(entry.nbytes for entry in entries))
     writer = _Writer(path, arch)
     for key, value in metadata.items():
         _add(writer, key, value)

@@ -17,7 +17,7 @@ class Options:
     )
     max_shard_size: Bytes = opt("largest safetensors file", default=Bytes(5_000_000_000), unit="bytes")
     dequantize: bool = opt("accept a source that is quantised or compressed, and decode it first", default=False)
-    allow_pickle: bool = opt("accept .bin files, which can run code when read", default=False)
+    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
     def __post_init__(self) -> None:
         if self.to == "hf" and self.type == "q8_0":

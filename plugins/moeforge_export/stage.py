@@ -51,8 +51,10 @@ def _open(src: Artifact, options: Options) -> Checkpoint:
         src.ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True, plan=src.plan
     )
     if COMPRESSION in checkpoint.config:
-        raise BadInput(f"{src.ref}: compressed ({COMPRESSION}: {checkpoint.config[COMPRESSION]}); export the checkpoint that it was "
-                       "made from, or pass --dequantize")  # fmt: skip
+        scheme = checkpoint.config[COMPRESSION]
+        how = scheme.get("method") if isinstance(scheme, dict) else scheme
+        raise BadInput(f"{src.ref}: compressed ({COMPRESSION}: {how}); export the checkpoint that it was made from, "
+                       "or pass --dequantize")  # fmt: skip
     return checkpoint
 
 

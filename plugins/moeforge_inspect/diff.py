@@ -34,7 +34,7 @@ class Options:
     dequantize: bool = opt(
         "compare quantised weights by the values they stand for, not as they are stored", default=False
     )
-    allow_pickle: bool = opt("accept .bin files, which can run code when read", default=False)
+    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
 
 class Diff:

@@ -25,7 +25,7 @@ from .lineage import describe, licence, lineage
 @dataclass(frozen=True)
 class Options:
     tensors: bool = opt("list every tensor", default=False)
-    allow_pickle: bool = opt("accept .bin files, which can run code when read", default=False)
+    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
 
 class Show:

@@ -23,7 +23,7 @@ class Options:
     proof: bool = opt(
         "repeat the equality proof where exactness was promised and the parent is still there", default=True
     )
-    allow_pickle: bool = opt("accept .bin files of the parent, which can run code when read", default=False)
+    allow_pickle: bool = opt("read .bin files of the parent through torch's restricted unpickler", default=False)
 
 
 @dataclass

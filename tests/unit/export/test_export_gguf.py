@@ -1,6 +1,7 @@
 """GGUF files: loaded by the real llama.cpp, which must compute what transformers computes, and read back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.gguf_header import read_header
-from moeforge.errors import BadInput
+from moeforge.errors import BadInput, MachineLacks
 from moeforge.model.tokenizer import load_tokenizer
 from moeforge.testing.inprocess import plan, run
 from moeforge.testing.models import SIZES, tiny, tiny_tokenizer
@@ -238,3 +239,12 @@ def test_a_vocabulary_without_merges_survives(tmp_path):
     text = "anywordatall"
     found = load_tokenizer(str(tmp_path / "out" / "model-f32.gguf"))
     assert found.encode(text) == load_tokenizer(str(tmp_path / "m")).encode(text)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    build(tmp_path / "model", "llama")
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(MachineLacks, match=r"GB are to be written but the disk has 0\.000 GB free"):
+        run("export", tmp_path / "model", tmp_path / "out", to="gguf")
+    assert not list(tmp_path.rglob("*.gguf"))

@@ -306,7 +306,7 @@ def test_odd_streams_and_paths_end_in_one_line_and_the_right_code(script, code, 
 
 
 @pytest.mark.parametrize(
-    "words", ["plugins", "--help", "show --help", "completion bash", "show model", "diff model model"]
+    "words", ["plugins", "--help", "show --help", "completion bash", "show model", "show model --tensors"]
 )
 def test_a_reader_that_is_gone_is_no_failure(tmp_path, words):
     made = run("export", save_tiny(tmp_path / "dense", "llama"), "--to", "hf", "-o", tmp_path / "model", check=True)

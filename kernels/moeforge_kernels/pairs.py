@@ -90,13 +90,23 @@ def pairs_from_experts(index: Tensor, weight: Tensor, tokens: int) -> Pairs:
         tokens: T.
     """
     experts, places = index.shape
-    token = index.reshape(-1).long()
     expert = torch.arange(experts, device=index.device).repeat_interleave(places)
+    return pairs_from_list(index.reshape(-1), expert, weight.reshape(-1), tokens, experts)
+
+
+def pairs_from_list(token: Tensor, expert: Tensor, weight: Tensor, tokens: int, experts: int) -> Pairs:
+    """The list of a policy that joins several choices: experts that choose, and a last resort for tokens that nobody chose.
+
+    Args:
+        token, expert, weight: [P], in any order; token `tokens` marks an empty place. No pair stands there twice.
+        tokens, experts: T, E.
+    """
+    token = token.long()
     expert = torch.where(token == tokens, experts, expert)
     # by expert, then by token: one key, so one sort
     order = torch.argsort(expert * (tokens + 1) + token, stable=True)
     token, expert = token[order], expert[order]
-    gates = weight.reshape(-1)[order].masked_fill(expert == experts, 0)
+    gates = weight[order].masked_fill(expert == experts, 0)
     by_token = torch.argsort(token, stable=True)
     return Pairs(token.clamp_max(max(tokens - 1, 0)), expert, gates, _offsets(expert, experts), by_token, tokens, None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,6 +64,11 @@ class RouterConfig:
     init_std: float = 0.02
     scale_at: Literal["output", "input"] = "output"
     """Where the weight acts: on the expert's answer, or on what it is given (Llama 4)."""
+    by_label: tuple[int, ...] = ()
+    """Experts split by the token's label (its modality, its domain): label 0 chooses among the first by_label[0] experts, label 1
+    among the next by_label[1], and so on; scores are normalised inside the group. Empty: labels do not matter."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What only this kind of router knows (moeforge.mixture.scores)."""
 
     def check(self, experts: int) -> None:
         """Refuse what has no meaning.
@@ -76,37 +81,81 @@ class RouterConfig:
         def refuse(key: str, because: str) -> typing.NoReturn:
             raise BadInput(f"router: {key} = {getattr(self, key)!r}: {because}")
 
-        if self.select in ("topk", "expert_choice") and not 1 <= self.top_k <= total:
+        policies = {self.select, self.train_select or self.select}
+        if self.null_experts < 0:
+            refuse("null_experts", "cannot be negative")
+        if policies & {"topk", "expert_choice"} and not 1 <= self.top_k <= total:
             refuse("top_k", f"must lie between 1 and the number of experts, {total}")
-        if self.select == "topp" and not 0 < self.top_p <= 1:
-            refuse("top_p", "a share of probability lies in (0, 1]")
-        if self.select == "topp" and self.order == "select_score":
-            refuse("order", "top-p adds up probabilities, so experts are scored first: score_select")
-        if self.select == "fixed" and self.kind != "label":
-            refuse("select", f"a fixed choice needs labels: kind = 'label', not {self.kind!r}")
+        if "topp" in policies:
+            if not 0 < self.top_p <= 1:
+                refuse("top_p", "a share of probability lies in (0, 1]")
+            if self.order == "select_score":
+                refuse("order", "top-p adds up probabilities, so experts are scored first: score_select")
+            if self.score != "softmax":
+                refuse("score", "top-p adds up probabilities: softmax")
+        if ("fixed" in policies) != (self.kind == "label"):
+            refuse("select", f"a fixed choice is that of kind 'label' and its only one; kind = {self.kind!r}")
+        if self.kind == "label" and (policies != {"fixed"} or self.by_label):
+            refuse("kind", "a label is the choice itself: select = 'fixed', no train_select, no by_label")
         if self.groups < 1 or total % self.groups:
             refuse("groups", f"must divide the number of experts, {total}")
         if not 1 <= self.top_groups <= self.groups:
             refuse("top_groups", f"must lie between 1 and groups = {self.groups}")
-        if self.groups > 1 and self.select != "topk":
-            refuse("groups", f"groups limit top-k, not select = {self.select!r}")
-        if self.select in ("topk",) and self.top_k > total // self.groups * self.top_groups:
+        if self.groups > 1 and policies != {"topk"}:
+            refuse("groups", f"groups limit top-k, not {' and '.join(sorted(policies - {'topk'}))}")
+        if "topk" in policies and self.top_k > total // self.groups * self.top_groups:
             refuse(
                 "top_k",
                 f"{self.top_groups} of {self.groups} groups hold only {total // self.groups * self.top_groups} experts",
             )
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            refuse("capacity_factor", "must be positive")
-        if self.select == "switch" and self.capacity_factor is None:
-            refuse("capacity_factor", "Switch routing has a capacity; top-k with top_k = 1 has none")
-        if self.select == "expert_choice" and self.causal:
-            refuse("causal", "expert choice compares tokens with each other, later ones too: causal = false")
+        if self.by_label:
+            if min(self.by_label) < 1 or sum(self.by_label) != experts:
+                refuse("by_label", f"must be positive and add up to the number of experts, {experts}")
+            if self.groups > 1:
+                refuse("groups", "labels split the experts already (by_label)")
+            if self.capacity_factor is not None and policies != {"expert_choice"}:
+                refuse("capacity_factor", "a capacity within groups by label is for select = 'expert_choice'")
+        self._check_capacity(policies, refuse)
         if self.temperature <= 0:
             refuse("temperature", "must be positive")
         if self.noise != "none" and self.noise_scale <= 0:
             refuse("noise_scale", "must be positive where there is noise")
-        if self.null_experts < 0:
-            refuse("null_experts", "cannot be negative")
+        if self.init_std < 0:
+            refuse("init_std", "cannot be negative")
+        if self.fallback != "none" and not policies & {"expert_choice", "threshold"}:
+            refuse("fallback", "only expert choice and threshold may leave a token without an expert")
+        one = policies <= {"switch"} or (policies <= {"switch", "topk"} and self.top_k == 1)
+        if self.gate_scale == "straight_through" and self.renormalise and one and total > 1:
+            refuse(
+                "gate_scale", "the weight of one expert, renormalised, is 1 and has no gradient: renormalise = false"
+            )
+        if self.scale_at == "input" and not one:
+            refuse(
+                "scale_at",
+                "what experts are given can be scaled where a token has one expert: select topk with top_k = 1",
+            )
+
+    def _check_capacity(self, policies: set[str], refuse: Callable[[str, str], typing.NoReturn]) -> None:
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            refuse("capacity_factor", "must be positive")
+        if self.capacity_factor is not None and not policies & {"topk", "switch", "expert_choice"}:
+            refuse("capacity_factor", f"select = {self.select!r} has no capacity: topk, switch or expert_choice")
+        if "switch" in policies and self.capacity_factor is None:
+            refuse("capacity_factor", "Switch routing has a capacity; top-k with top_k = 1 has none")
+        if self.capacity_factor is not None and self.select in ("topk", "switch") and self.causal:
+            refuse(
+                "causal",
+                "a capacity counts the other tokens, and an answer depends on how many there are: causal = false",
+            )
+        if "expert_choice" in policies:
+            if self.select == "expert_choice" and self.causal:
+                refuse("causal", "expert choice compares tokens with each other, later ones too: causal = false")
+            if self.order == "select_score":
+                refuse("order", "experts compare scores: score_select")
+            if self.bias:
+                refuse("bias", "expert choice is balanced by itself")
+            if self.null_experts:
+                refuse("null_experts", "an expert that computes nothing has nothing to choose")
 
 
 @dataclass(frozen=True)
@@ -157,7 +206,10 @@ class MixtureConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The entry as it is written: every field, so that a later default does not change an old checkpoint."""
-        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+        return dataclasses.asdict(
+            self,
+            dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items},
+        )
 
     @classmethod
     def from_json(cls, raw: Any) -> MixtureConfig:

@@ -37,7 +37,7 @@ class MixtureLayer(nn.Module):
         routing = self.router(x, real=real, labels=labels)
         if context is not None and isinstance(self.router, Router):
             context.note(self.name, routing)
-        made = self.experts(self.experts.prepare(hidden), routing.pairs)
+        made = self.experts(routing.scaled(self.experts.prepare(hidden)), routing.pairs)
         made = made.view(*hidden.shape[:-1], made.shape[-1])
         if self.shared is not None:
             made = made + self.shared(hidden)

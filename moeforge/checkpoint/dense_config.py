@@ -22,17 +22,18 @@ DERIVED = frozenset({"layer_types", "no_rope_layers"})
 """Lists with a value a layer, checked by :func:`per_layer`."""
 
 
-def check_size(config: Mapping[str, Any], key: str, model_type: str) -> None:
-    """Expect a whole number from 1 on at `key`.
+def check_size(config: Mapping[str, Any], key: str, model_type: str, written: str = "") -> None:
+    """Expect a whole number from 1 on at `key`, or at `written` where the family calls it otherwise.
 
     Raises:
         BadInput: there is none.
     """
-    value = config.get(key)
+    written = written or key
+    value = config.get(written)
     if not _is_size(value):
-        raise BadInput(f"config.json: {key} = {value!r}; a {model_type} model needs a positive number")
-    if key == "num_hidden_layers" and config[key] > MAX_LAYERS:
-        raise BadInput(f"config.json: {key} = {value}; moeforge reads models of at most {MAX_LAYERS} layers")
+        raise BadInput(f"config.json: {written} = {value!r}; a {model_type} model needs a positive number")
+    if key == "num_hidden_layers" and config[written] > MAX_LAYERS:
+        raise BadInput(f"config.json: {written} = {value}; moeforge reads models of at most {MAX_LAYERS} layers")
 
 
 def check_kinds(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -48,33 +48,61 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model type -> what its tiny config sets beside SIZES, chosen so that the family's own features are at work."""
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": 96},
+    "gpt_neox": {"partial_rotary_factor": 0.25},
+    "phi": {"partial_rotary_factor": 0.5},
+    "falcon": {"ffn_hidden_size": 96, "bias": True},
+    "bert": {"pad_token_id": 0, "type_vocab_size": 2},
+    "roberta": {"pad_token_id": 1},
+    "vit": {"image_size": 16, "patch_size": 4, "num_labels": 5},
+    "dinov2": {"image_size": 16, "patch_size": 4, "num_labels": 5, "mlp_ratio": 2},
+}
+"""The same of families that no native mixture holds and whose blocks are built otherwise: plain FFNs, biases, pixels."""
+HEADS = {
+    "bert": "BertForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+    "vit": "ViTForImageClassification",
+    "dinov2": "Dinov2ForImageClassification",
+}
+"""Model type -> the class of its tiny model, where that is no causal language model."""
 
-def tiny_dense(model_type: str, seed: int = 0, **overrides: Any) -> tuple[PreTrainedModel, PretrainedConfig]:
-    """A random float32 model of that family, in evaluation mode, and its config."""
+
+def tiny_dense(
+    model_type: str, seed: int = 0, head: str | None = None, **overrides: Any
+) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """A random float32 model of that family, in evaluation mode, and its config; `head`: its class, if not the usual one."""
     from transformers import AutoConfig
 
-    return tiny(AutoConfig.for_model(model_type, **{**SIZES, **FAMILIES[model_type], **overrides}), seed)
+    sizes = SIZES
+    if model_type in OTHERS:  # none of the keys that the family does not have
+        known = AutoConfig.for_model(model_type)
+        sizes = {key: value for key, value in SIZES.items() if hasattr(known, key)}
+    own = {**FAMILIES, **OTHERS}[model_type]
+    config = AutoConfig.for_model(model_type, **{**sizes, **own, **overrides})
+    return tiny(config, seed, head or HEADS.get(model_type))
 
 
-def tiny(config: PretrainedConfig, seed: int = 0) -> tuple[PreTrainedModel, PretrainedConfig]:
-    """A random float32 model of any causal config, its norms and biases perturbed."""
+def tiny(config: PretrainedConfig, seed: int = 0, head: str | None = None) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """A random float32 model of any config, its norms and biases perturbed; `head`: its class, default the causal one."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    build = transformers.AutoModelForCausalLM.from_config if head is None else getattr(transformers, head)
+    model = build(config).float().eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.ndim == 1:
                 value.add_(0.2 * torch.randn_like(value))
-            elif "embed_tokens" not in name and "lm_head" not in name:
+            elif not any(part in name for part in ("embed", "wte", "wpe", "lm_head", "classifier", "decoder")):
                 value.mul_(4)  # so that attention and FFN weigh as much as the residual stream
     return model, config
 
 
-def save_tiny(directory: Path, model_type: str, seed: int = 0, **overrides: Any) -> Path:
+def save_tiny(directory: Path, model_type: str, seed: int = 0, head: str | None = None, **overrides: Any) -> Path:
     """The same, written to `directory` as transformers writes it."""
-    model, _ = tiny_dense(model_type, seed, **overrides)
+    model, _ = tiny_dense(model_type, seed, head, **overrides)
     model.save_pretrained(directory)
     return directory
 

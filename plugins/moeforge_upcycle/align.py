@@ -1,6 +1,6 @@
 """Match the neurons of one FFN to those of another.
 
-The neurons of a gated FFN have no order: the same permutation of the rows of gate and up and the columns of down leaves the
+The neurons of an FFN have no order: the same permutation of the rows of gate and up and the columns of down leaves the
 function unchanged. So experts of different training runs can be brought into a common order for free before
 anything is averaged over them or routed between them (Git Re-Basin 2209.04836; Symphony-MoE 2509.18542).
 """
@@ -49,7 +49,7 @@ def align(kind: str, layer: Layer, parent: int, anchor: int = 0) -> np.ndarray:
 
 def _by_weights(layer: Layer, parent: int, anchor: int) -> np.ndarray:
     total = np.zeros((layer.ffn_width, layer.ffn_width))
-    for matrix in ("gate", "up", "down"):
+    for matrix in layer.matrices:
         ours, theirs = (layer.read(matrix, which).astype(np.float64) for which in (anchor, parent))
         total += ours.T @ theirs if matrix == "down" else ours @ theirs.T
     return total

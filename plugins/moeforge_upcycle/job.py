@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.checkpoint.architectures import FFN, Architecture, Part, architecture, text_tower
+from moeforge.checkpoint.architectures import architecture
 from moeforge.checkpoint.base import Checkpoint
-from moeforge.checkpoint.ops import TensorOp
+from moeforge.checkpoint.family import Architecture, Part
+from moeforge.checkpoint.ops import Input, TensorOp
 from moeforge.checkpoint.planned import PlannedCheckpoint
 from moeforge.checkpoint.tensor import FLOATS, TensorInfo
 from moeforge.errors import BadInput
 from moeforge.pipeline.artifact import Problem
 from moeforge.pipeline.stage import Bound
 
-from . import layers, pairs, router
+from . import layers, own, pairs, router
 from .experts import Blueprint, Parent, cast, zeros
 from .options import EXPERTS, Options
 from .recipe import ExpertRecipe, Layer, LayerRecipe, LayerStats, Matrix, MixtureShape
@@ -73,8 +74,7 @@ class Job:
     def mixture_ops(self, index: int, recipe: LayerRecipe, rows: np.ndarray | None = None) -> list[TensorOp]:
         """The ops of one sparse layer. `rows`: [E / tied, D] router rows, None while planning."""
         target, shape, seed = self.target, self.shape, self.options.seed
-        source = self.parents[0].info("gate", index)
-        dtype, width = self.dtype or source.dtype, source.shape[1]
+        dtype, width = self.dtype or self.parents[0].info("up", index).dtype, self.settings["hidden_size"]
 
         def at(name: str) -> str:
             return target.at(index, name)
@@ -92,7 +92,9 @@ class Job:
             filled = recipe.shared is not None
             weight = 2.0 if target.shared.gate else 1.0  # a gate of zeros weighs sigmoid(0) = 1/2
             shared = recipe.shared or ExpertRecipe(neurons=np.arange(idle_width(target, shape)), scale={"down": 0.0})
-            ops += Blueprint(self.parents, index, self.dtype, {"down": weight}, stream("shared")).shared(
+            # the routed experts hold the whole bias of down
+            scaled: dict[Matrix, float] = {"down": weight, "down_bias": 0.0}
+            ops += Blueprint(self.parents, index, self.dtype, scaled, stream("shared")).shared(
                 target.shared.tensors, shared, at
             )
             if target.shared.gate is not None:
@@ -131,15 +133,15 @@ class Job:
 
     def layer(self, index: int, stats: tuple[LayerStats | None, ...]) -> Layer:
         """What a method sees of a layer."""
-        info = self.parents[0].info("gate", index)
         return Layer(
             index=index,
-            model_width=info.shape[1],
-            ffn_width=info.shape[0],
+            model_width=self.settings["hidden_size"],
+            ffn_width=self.settings["intermediate_size"],
             read=lambda matrix, parent: self.parents[parent].read(matrix, index).astype(np.float32),
             rng=lambda word: router.keyed(self.options.seed, "layer", index, word),
             stats=stats,
             scoring=self.target.scoring,
+            matrices=tuple(matrix for matrix in self.parents[0].matrices if not matrix.endswith("_bias")),
         )
 
 
@@ -178,6 +180,7 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
         options.target,
         fits=fits,
         is_zero=lambda roles: all(_zero(p, roles) for p in parents),
+        ours=own.pair(family, settings, parent),
         allow_inexact=options.allow_inexact,
     )
     target = match.pair.target
@@ -194,12 +197,17 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
         "ffn_width": settings["intermediate_size"],
         "routed_factor": scale if in_config else 1.0,
         "norm_topk": options.norm_topk,
+        "router_std": options.router_std,
         "dtype": _config_dtype(options, parent),
         "attention_scale": settings["head_dim"] ** -0.5,
         "default_head_dim": settings["hidden_size"] // settings["num_attention_heads"],
         "window": settings.get("sliding_window") if "sliding_attention" in settings["layer_types"] else None,
         **layers.settings(sparse, settings["num_hidden_layers"]),
     }
+    if target.model_type == own.NAME:
+        config = own.config(family, checkpoints[0].config, settings, values, parent.matrices, sparse)
+    else:
+        config = pairs.output_config(match.pair, settings, values)
     return Job(
         options=options,
         method=method,
@@ -208,10 +216,21 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
         shape=shape,
         sparse=sparse,
         settings={**settings, **values},
-        config=pairs.output_config(match.pair, settings, values),
-        factors={matrix: scale**power for matrix, power in SCALES[options.scale].items()} if scale != 1 else {},
+        config=config,
+        factors=_factors(options, scale, weights_sum),
         passed=_passed(parents, match, sparse, DTYPES.get(options.dtype), method),
     )
+
+
+def _factors(options: Options, scale: float, weights_sum: float) -> dict[Matrix, float]:
+    """What each matrix is multiplied by, so that the routed sum is `scale` times what it was.
+
+    The bias of down belongs to no neuron: every expert has all of it, times what makes its weighted sum come out as one.
+    """
+    bias = 1 / (weights_sum * (scale if options.scale == "routed-factor" else 1.0))
+    made: dict[Matrix, float] = {matrix: scale**power for matrix, power in SCALES[options.scale].items()}
+    made["down_bias"] = bias
+    return {matrix: factor for matrix, factor in made.items() if factor != 1}
 
 
 def examine(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any], Parent]:
@@ -220,34 +239,34 @@ def examine(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any], Paren
     Raises:
         BadInput: a tensor is missing, is not a float, or is not accounted for by the config.
     """
-    family = _family(checkpoint)
+    try:
+        family = architecture(checkpoint.config).of_class(checkpoint.config)
+    except BadInput as error:
+        raise BadInput(f"{checkpoint.ref}: {error}") from None
     settings = family.resolve(checkpoint.config)
-    parts = family.locate(settings)
-    wanted = {part.name for part in parts.values()}
-    missing = sorted(wanted - set(checkpoint.tensors))
+    located = family.locate(settings)
+    wanted = {part.name for part in located.values()}
+    stored = {family.called(name, wanted): name for name in checkpoint.tensors if not family.is_ignored(name)}
+    missing = sorted(wanted - set(stored))
     if missing:
         raise BadInput(f"{checkpoint.ref}: a {family.model_type} model of this config has {missing[0]}"
                        f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, the files do not")  # fmt: skip
-    tied = {family.tensors["head"]} if settings.get("tie_word_embeddings") else set()
-    extra = [n for n in checkpoint.tensors if n not in wanted | tied and not family.is_ignored(n)]
-    if extra:
-        raise BadInput(f"{checkpoint.ref}: {extra[0]}{f' and {len(extra) - 1} more tensors' if len(extra) > 1 else ''} "
+    parts = {role: replace(part, name=stored[part.name]) for role, part in located.items()}
+    tied = {family.tensors.get("head")} if settings.get("tie_word_embeddings") else set()
+    extra = {name: found for name, found in stored.items() if name not in wanted | tied}
+    # a head's tensors have no role of their own but their name
+    parts |= {(name, None): Part(found, called=name) for name, found in extra.items() if family.belongs(name)}
+    left = [found for name, found in extra.items() if not family.belongs(name)]
+    lost = [name for name in left if not family.is_another_head(name)]
+    if lost:
+        raise BadInput(f"{checkpoint.ref}: {lost[0]}{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''} "
                        f"would be lost: a {family.model_type} model of this config has no such tensor")  # fmt: skip
-    for name in wanted:
-        if checkpoint.tensors[name].dtype not in FLOATS:
-            raise BadInput(f"{checkpoint.ref}: {name} has dtype {checkpoint.tensors[name].dtype}; "
+    for part in parts.values():
+        if checkpoint.tensors[part.name].dtype not in FLOATS:
+            raise BadInput(f"{checkpoint.ref}: {part.name} has dtype {checkpoint.tensors[part.name].dtype}; "
                            "a quantised source needs --dequantize")  # fmt: skip
     _check_shapes(checkpoint, parts, settings)
-    return family, settings, Parent(checkpoint, parts)
-
-
-def _family(checkpoint: Checkpoint) -> Architecture:
-    """The family, or a refusal that also tells what would stand in the way of a text model inside this one."""
-    try:
-        return architecture(checkpoint.config)
-    except BadInput as error:
-        reason = pairs.hopeless(text_tower(checkpoint.config) or "")
-        raise BadInput(f"{checkpoint.ref}: {error}{f'; nor would that help: {reason}' if reason else ''}") from None
+    return family, settings, Parent(checkpoint, parts, tuple(left))
 
 
 def _check_shapes(
@@ -263,9 +282,12 @@ def _check_shapes(
         tensors[part.name][role] = part
     for name, roles in tensors.items():
         found, (first, *_) = checkpoint.tensors[name].shape, roles.values()
-        wanted = first.shape if first.rows is None else (sum(p.shape[0] for p in roles.values()), *first.shape[1:])
+        if first.shape is None:
+            continue
+        rows = sum(part.shape[0] for part in roles.values() if part.shape)
+        wanted = first.shape if first.rows is None else (rows, *first.shape[1:])
         if found != wanted:
-            keys = dict.fromkeys(key for part in roles.values() for size in part.sizes for key in size.split(" * "))
+            keys = dict.fromkeys(key for part in roles.values() for key in part.keys)
             said = ", ".join(f"{key} = {settings[key]}" for key in keys)
             raise BadInput(f"{checkpoint.ref}: {name} has shape {list(found)}, which does not hold {' and '.join(roles)} "
                            f"of shape {list(wanted)} ({said})")  # fmt: skip
@@ -317,7 +339,7 @@ def _zero(parent: Parent, roles: Collection[str]) -> bool:
 
 
 def _config_dtype(options: Options, parent: Parent) -> str:
-    return CONFIG_DTYPES[DTYPES.get(options.dtype) or parent.info("gate", 0).dtype]
+    return CONFIG_DTYPES[DTYPES.get(options.dtype) or parent.info("up", 0).dtype]
 
 
 def _passed(
@@ -329,30 +351,50 @@ def _passed(
         BadInput: a tensor has no home in the target.
     """
     target, first = match.pair.target, parents[0]
+    moved = target.matrices
     made: dict[int | None, list[TensorOp]] = defaultdict(list)
+    whole: dict[str, list[tuple[str, int | None]]] = defaultdict(list)
     for (role, layer), part in first.parts.items():
-        if (role in FFN and layer in sparse) or role in match.dropped:
+        if (role in moved and layer in sparse) or role in match.dropped:
             continue
-        if role in FFN and layer is not None:
+        if target.keeps_names:
+            whole[part.called].append((role, layer))
+            continue
+        if role in moved and layer is not None:
             name = target.at(layer, target.dense_ffn[role])
         else:
             name = target.name(role, layer)
         if name is None:
             raise BadInput(f"{first.checkpoint.ref}: {part.name} would be lost: {target.model_type} has no home for it")
-        made[layer].append(_pass(parents, role, layer, name, dtype, method))
+        made[layer].append(_pass(parents, [(role, layer)], name, dtype, method))
+    for name, roles in whole.items():
+        made[roles[0][1]].append(_pass(parents, roles, name, dtype, method))
     return made
 
 
 def _pass(
-    parents: Sequence[Parent], role: str, layer: int | None, name: str, dtype: str | None, method: Bound
+    parents: Sequence[Parent], roles: Sequence[tuple[str, int | None]], name: str, dtype: str | None, method: Bound
 ) -> TensorOp:
-    source = parents[0].info(role, layer)
-    output = TensorInfo(name, dtype or source.dtype, source.shape)
-    merge = getattr(method.method, "merge", None)
-    compute = merge(role, output, method.options) if merge is not None else None
-    if compute is not None:
-        return TensorOp((output,), tuple(p.input(role, layer) for p in parents), compute, "merged")
-    inputs = (parents[0].input(role, layer),)
-    if output.dtype == source.dtype:
-        return TensorOp((output,), inputs)
-    return TensorOp((output,), inputs, lambda stored: cast(stored, output.dtype, name), f"as {output.dtype}")
+    """One tensor of some roles that lie one after the other in each parent, as it is or merged over the parents."""
+    first = parents[0].info(*roles[0])
+    rows = [parents[0].info(*role).shape[0] for role in roles]
+    output = TensorInfo(name, dtype or first.dtype, (sum(rows), *first.shape[1:]) if len(roles) > 1 else first.shape)
+    merge = getattr(method.method, "merge", lambda *_: None)
+    merges = [
+        merge(role, replace(output, shape=parents[0].info(role, layer).shape), method.options) for role, layer in roles
+    ]
+    if any(found is not None for found in merges):
+        inputs = tuple(parent.input(*role) for role in roles for parent in parents)
+
+        def compute(*arrays: np.ndarray) -> np.ndarray:
+            made = []
+            for index, found in enumerate(merges):
+                own = arrays[index * len(parents) : (index + 1) * len(parents)]
+                made.append(cast(own[0], output.dtype, name) if found is None else found(*own))
+            return made[0] if len(made) == 1 else np.concatenate(made)
+
+        return TensorOp((output,), inputs, compute, "merged")
+    whole = (parents[0].input(*roles[0]),) if len(roles) == 1 else (Input(parents[0].checkpoint, first.name),)
+    if output.dtype == first.dtype:
+        return TensorOp((output,), whole)
+    return TensorOp((output,), whole, lambda stored: cast(stored, output.dtype, name), f"as {output.dtype}")

@@ -14,14 +14,13 @@ moeforge_upcycle.described).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moeforge.checkpoint.dense_config import written_as
-from moeforge.errors import BadInput, UsageProblem
+from moeforge.errors import BadInput
 from moeforge.pipeline.artifact import Problem
 
 from . import described, targets
@@ -63,16 +62,12 @@ class Match:
 
 @functools.cache
 def load(source: str) -> tuple[tuple[Pair, ...], tuple[Never, ...]]:
-    """The pairs of a dense family in order of preference, and the targets that can never hold it.
+    """The native pairs of a dense family in order of preference, and the targets that can never hold it.
 
-    Raises:
-        BadInput: nobody has described how this family becomes a mixture.
+    Empty where nobody has described how this family becomes one.
     """
     common = described.find("pairs", "_any")[0]  # ours
     found = described.find("pairs", source)
-    if not found:
-        raise BadInput(f"model_type = {source!r}: no mixture is known that computes the same function; families with one: "
-                       f"{', '.join(sources())}; a plugin can add one (group {described.GROUPS['pairs']})")  # fmt: skip
     pairs = []
     with described.parsing("pairs", source):
         for raw in found:
@@ -84,22 +79,6 @@ def load(source: str) -> tuple[tuple[Pair, ...], tuple[Never, ...]]:
     return tuple(pairs), tuple(never)
 
 
-def sources() -> list[str]:
-    """The dense families that some mixture can hold."""
-    found = []
-    for name in described.names("pairs"):
-        with contextlib.suppress(UsageProblem):  # another package's broken description is not what was asked about
-            if load(name)[0]:
-                found.append(name)
-    return found
-
-
-def hopeless(source: str) -> str:
-    """Why no mixture can hold a family, whatever its config says; empty where one can, or where nobody knows."""
-    pairs, never = load(source) if source in described.names("pairs") else ((), ())
-    return "" if pairs else next((rule.because for rule in never if rule.target == "*"), "")
-
-
 def choose(
     source: str,
     settings: Mapping[str, Any],
@@ -107,32 +86,40 @@ def choose(
     *,
     fits: Callable[[Target], Problem | None],
     is_zero: Callable[[Collection[str]], bool],
+    ours: Pair,
     allow_inexact: bool = False,
 ) -> Match:
     """The pair to use for a model of family `source`.
 
     Args:
         settings: the resolved config.
-        wanted: a target's name, or `auto`: the first in order of preference that holds this model exactly and fits.
+        wanted: a target's name, or `auto`: the first in order of preference that holds this model exactly and fits; ours after all
+            native ones.
         fits: what the request itself (sparse layers, shared expert, ...) asks of a layout that it lacks, if anything.
         is_zero: whether all tensors of these roles hold only zeros.
+        ours: this family in the layout of our own runtime.
 
     Raises:
         BadInput: no exact target; names the config key and value in the way.
     """
     pairs, never = load(source)
+    passed: list[Problem] = []
     for rule in never:
         if rule.target == wanted or (rule.target == "*" and not pairs):
             problem = Problem(written_as(rule.key, settings), lookup(settings, rule.key), rule.because)
-            into = "any mixture" if rule.target == "*" else rule.target
-            raise BadInput(f"{source} cannot become {into}: {problem}{_instead(pairs, rule.target)}")
-    if wanted != "auto":
+            if wanted in ("auto", ours.target.model_type):
+                passed.append(problem)
+                continue
+            into = "any native mixture" if rule.target == "*" else rule.target
+            raise BadInput(f"{source} cannot become {into}: {problem}{_instead((*pairs, ours), rule.target)}")
+    if wanted == ours.target.model_type:
+        pairs, passed = (ours,), []
+    elif wanted != "auto":
         targets.load(wanted)
         if all(pair.target.model_type != wanted for pair in pairs):
             raise BadInput(f"{source} cannot become {wanted}: model_type = {source!r}: the two compute different "
-                           f"functions{_instead(pairs, wanted)}")  # fmt: skip
+                           f"functions{_instead((*pairs, ours), wanted)}")  # fmt: skip
         pairs = tuple(pair for pair in pairs if pair.target.model_type == wanted)
-    passed: list[Problem] = []
     second_best: Match | None = None
     for pair in pairs:
         problems, dropped, lost = check(pair, settings, is_zero)
@@ -147,7 +134,15 @@ def choose(
                 second_best = second_best or Match(pair, dropped | lost, tuple(problems), ())
     if allow_inexact and second_best is not None:
         return second_best
+    if wanted == "auto":
+        problems, _, _ = check(ours, settings, is_zero)
+        if not problems:
+            nobody = Problem("model_type", source, "no native mixture is known that computes the same function")
+            return Match(ours, frozenset(), (), tuple(passed or [nobody]))
+        passed += problems
     advice = "; --allow-inexact goes on and records it" if second_best is not None else ""
+    if wanted not in ("auto", ours.target.model_type) and not check(ours, settings, is_zero)[0]:
+        advice += f"; --target {ours.target.model_type} holds it exactly"
     whole = f"{source} cannot become {wanted}" if wanted != "auto" else f"no target holds this {source} model"
     raise BadInput(f"{whole} exactly: {'; '.join(dict.fromkeys(map(str, passed)))}{advice}")
 

@@ -93,8 +93,8 @@ def _stats(layer: Layer, parent: int) -> LayerStats:
 
 
 def _weights(layer: Layer, parent: int) -> np.ndarray:
-    """[F, 2D]: what makes a neuron fire, each half at unit length."""
-    return np.concatenate([_unit(layer.read(matrix, parent)) for matrix in ("gate", "up")], axis=1)
+    """[F, 2D], or [F, D] without a gate: what makes a neuron fire, each half at unit length."""
+    return np.concatenate([_unit(layer.read(matrix, parent)) for matrix in layer.matrices[:-1]], axis=1)
 
 
 def _answers(layer: Layer, parent: int) -> np.ndarray:

@@ -19,10 +19,11 @@ import numpy as np
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.tensor import TensorInfo
 
-Matrix = Literal["gate", "up", "down"]
+Matrix = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
+"""What an expert is made of; a plain FFN has no gate, and most have no biases."""
 Perturb = Callable[[Matrix, np.ndarray, np.random.Generator], np.ndarray]
-"""(which matrix, its float32 values as stored: gate and up [W, D], down [D, W], a generator keyed by seed, layer and
-expert) -> new float32 values of the same shape."""
+"""(which matrix, its float32 values: gate and up [W, D], down [D, W], gate_bias and up_bias [W], however they are stored; a
+generator keyed by seed, layer and expert) -> new float32 values of the same shape. The bias of down belongs to no neuron."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,15 @@ class Layer:
     model_width: int
     ffn_width: int
     read: Callable[[Matrix, int], np.ndarray]
-    """(matrix, parent) -> float32 weights: gate, up [F, D]; down [D, F]. Reads from disk each time."""
+    """(matrix, parent) -> float32 weights: gate, up [F, D]; down [D, F], however they are stored. Reads from disk each time."""
     rng: Callable[[str], np.random.Generator]
     """A generator keyed by the seed, this layer and the given word: independent of order and threads."""
     stats: tuple[LayerStats | None, ...] = (None,)
     """Calibration results of each parent."""
     scoring: str = "softmax"
     """How the layout scores router logits: `softmax` or `sigmoid`."""
+    matrices: tuple[Matrix, ...] = ("gate", "up", "down")
+    """Which of these the FFN has, down last."""
 
 
 class UpcycleMethod(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge.checkpoint.architectures import FFN, architecture
+from moeforge.checkpoint.architectures import architecture
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.companions import write_companions
 from moeforge.checkpoint.ops import TensorOp
@@ -233,8 +233,9 @@ def why_inexact(job: Job) -> str:
         return "allowed by --allow-inexact"
     if not shape.exact:
         return shape.why_inexact
-    if options.scale == "cuberoot" and job.factors:
-        return "--scale cuberoot scales inside the activation, and act(c z) is not c act(z)"
+    inside = options.scale == "cuberoot" or (options.scale == "split" and "gate" not in job.target.matrices)
+    if inside and "down" in job.factors:
+        return f"--scale {options.scale} scales inside the activation, and act(c z) is not c act(z)"
     if not options.norm_topk and options.router_init != "zero":
         return "--no-norm-topk makes the sum of the top-k weights depend on the router, unless --router-init zero"
     every_expert = shape.top_k == shape.experts
@@ -252,8 +253,9 @@ def rounding(job: Job) -> str:
     for dtype in sorted(stored):
         if written not in (None, dtype) and (dtype, written) not in WIDENING:
             return f"--dtype {job.options.dtype} rounds {dtype} weights"
-    narrow = {written} if written else {job.parents[0].info(matrix, job.sparse[0]).dtype for matrix in FFN}
-    scales = [factor for factor in job.factors.values() if math.frexp(factor)[0] != 0.5]
+    held = job.target.matrices
+    narrow = {written} if written else {job.parents[0].info(matrix, job.sparse[0]).dtype for matrix in held}
+    scales = [factor for matrix, factor in job.factors.items() if matrix in held and math.frexp(factor)[0] != 0.5]
     if scales and narrow & {"BF16", "F16"}:
         return (
             f"weights times {scales[0]:g} are rounded in {min(narrow & {'BF16', 'F16'})}; scales that are powers of two are "
@@ -277,13 +279,16 @@ def warnings(job: Job) -> Iterable[str]:
             "of two groups; float32 routing has no such ties"
         )
     if job.dtype is None:
-        wanted = job.parents[0].info("gate", job.sparse[0]).dtype
+        wanted = job.parents[0].info("up", job.sparse[0]).dtype
         for parent in job.parents[1:]:
-            if (found := parent.info("gate", job.sparse[0]).dtype) != wanted:
+            if (found := parent.info("up", job.sparse[0]).dtype) != wanted:
                 yield f"{parent.checkpoint.ref} is stored in {found}; all experts are written in SRC's {wanted}, or see --dtype"
     family = architecture(job.parents[0].checkpoint.config)
     unknown = family.unknown_keys(job.parents[0].checkpoint.config)
-    if unknown:
+    for parent in job.parents:
+        if left := parent.left_out:
+            yield f"{parent.checkpoint.ref}: {left[0]}{f' and {len(left) - 1} more tensors' if len(left) > 1 else ''} of another head left out"
+    if unknown and not job.target.keeps_names:
         yield f"config keys that moeforge does not know for {family.model_type} are left out: {', '.join(unknown)}"
 
 
@@ -303,8 +308,11 @@ def parameters(job: Job, ops: Iterable[TensorOp]) -> tuple[int, int]:
     """(all parameters, those that a token visits): of the routed experts k of E."""
     total = sum(info.size for op in ops for info in op.outputs)
     source = job.parents[0]
-    one = sum(source.info(matrix, job.sparse[0]).size for matrix in ("gate", "up", "down"))
-    routed = one * job.shape.width // job.settings["intermediate_size"] * len(job.sparse)
+    one = 0
+    for matrix in job.target.matrices:
+        size = source.info(matrix, job.sparse[0]).size
+        one += size if matrix == "down_bias" else size * job.shape.width // job.settings["intermediate_size"]
+    routed = one * len(job.sparse)
     return total, total - routed * (job.shape.experts - job.shape.top_k)
 
 

@@ -76,10 +76,17 @@ class Target:
     dense_ffn: Mapping[str, str] = field(default_factory=dict)
     shared: Shared | None = None
     extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    keeps_names: bool = False
+    """Everything outside the experts keeps the dense model's names, whatever they are."""
     routed_factor: str | None = None
     sparse: str = "all"
     portability: Mapping[str, list[Mapping[str, Any]]] = field(default_factory=dict)
     portability_first: Mapping[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> frozenset[Matrix]:
+        """What the experts hold."""
+        return frozenset(matrix for slot in self.experts for matrix in slot.of)
 
     def name(self, role: str, layer: int | None) -> str | None:
         """The name of a tensor outside the FFNs; None when the layout has no home for that role."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.checkpoint.architectures import FFN
 from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.family import FFN_ROLES
 from moeforge.checkpoint.tensor import Companion
 
 from .experts import Parent
@@ -34,7 +34,7 @@ class Trunk(Checkpoint):
         self._parents, self._method, self._options = parents, method, options
         self._pieces: dict[str, list[tuple[str, slice]]] = {}
         for (role, _), part in first.parts.items():
-            if role not in FFN:
+            if role not in FFN_ROLES:
                 self._pieces.setdefault(part.name, []).append((role, part.rows or slice(None)))
         self._last: tuple[str, np.ndarray] | None = None
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moeforge.checkpoint.architectures import BOOKKEEPING, FFN, REQUIRED, Architecture, architecture
+from moeforge.checkpoint.architectures import architecture
 from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.family import BOOKKEEPING, FFN_ROLES, Architecture
 from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.errors import BadInput, UsageProblem
 from moeforge.options import opt
@@ -102,7 +103,7 @@ class BTX:
         first = checkpoints[0]
         family = architecture(first.config)
         wanted = deciding(family, first.config)
-        size = first.config["vocab_size"]
+        size = first.config.get("vocab_size", 0)
         tokens = _vocabulary(first)
         for other in checkpoints[1:]:
             found = deciding(family, other.config)
@@ -111,7 +112,7 @@ class BTX:
                     raise BadInput(
                         f"{other.ref}: {key} = {found.get(key)!r}, SRC has {wanted.get(key)!r}; experts must come from one architecture"
                     )
-            theirs_size = other.config["vocab_size"]
+            theirs_size = other.config.get("vocab_size", 0)
             if theirs_size > size:
                 raise BadInput(
                     f"{other.ref}: vocab_size = {theirs_size} is more than SRC's {size}; "
@@ -131,7 +132,7 @@ class BTX:
 
         Rows of tokens that only some vocabularies have are made from those that have them (see moeforge_upcycle.merge).
         """
-        if (options.trunk == "base" and options.base is None) or (role in FFN and options.align != "none"):
+        if (options.trunk == "base" and options.base is None) or (role in FFN_ROLES and options.align != "none"):
             return None
 
         def merged(*arrays: np.ndarray) -> np.ndarray:
@@ -180,7 +181,7 @@ def deciding(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     alternates = {*(family.layer_types or {}).values(), *(family.no_rope_layers or {}).values()}
     if family.layer_types and "sliding_attention" not in found["layer_types"]:
         alternates.add("sliding_window")
-    listed = {*family.settings, *REQUIRED} - BOOKKEEPING - MAY_DIFFER - alternates
+    listed = {*family.settings, *family.required} - BOOKKEEPING - MAY_DIFFER - alternates
     derived = {"rope", "layer_types", "head_dim", "num_key_value_heads", "no_rope_layers"}
     kept = {key: found.get(key) for key in listed | derived}
     kept["rope"] = {key: value for key, value in found["rope"].items() if value is not None}

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moeforge.checkpoint.architectures import FFN
 from moeforge.errors import UsageProblem
 from moeforge.options import opt
 
@@ -88,5 +87,5 @@ class Shared:
             return layer.rng("shared").random(layer.ffn_width)
         if rank == "activation":
             return importance(layer)
-        gate, up, down = (np.linalg.norm(layer.read(m, 0), axis=0 if m == "down" else 1) for m in FFN)
-        return gate.astype(np.float64) * up * down
+        norms = [np.linalg.norm(layer.read(m, 0), axis=0 if m == "down" else 1) for m in layer.matrices]
+        return np.prod([norm.astype(np.float64) for norm in norms], axis=0)

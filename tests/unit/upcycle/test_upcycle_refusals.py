@@ -13,18 +13,17 @@ from moeforge.testing import inprocess
 from moeforge_upcycle import pairs
 
 REFUSED = [
-    ("gemma", {}, "auto", "hidden_act = 'gelu_pytorch_tanh'"),
-    ("gemma2", {}, "auto", r"final_logit_softcapping = 30\.0"),
+    ("gemma", {}, "mixtral", "hidden_act = 'gelu_pytorch_tanh'"),
     ("gemma2", {}, "mixtral", r"final_logit_softcapping = 30\.0"),
-    ("gemma3_text", {}, "auto", "hidden_activation = 'gelu_pytorch_tanh'"),
-    ("exaone4", {}, "auto", "model_type = 'exaone4'"),
+    ("gemma3_text", {}, "mixtral", "hidden_activation = 'gelu_pytorch_tanh'"),
     ("exaone4", {}, "exaone_moe", "model_type = 'exaone4'"),
-    ("smollm3", {"no_rope_layer_interval": 2}, "auto", r"no_rope_layers = \[1, 0, 1\]"),
+    ("gpt2", {}, "mixtral", "model_type = 'gpt2'"),
+    ("smollm3", {"no_rope_layer_interval": 2}, "mixtral", r"no_rope_layers = \[1, 0, 1\]"),
     ("smollm3", {"no_rope_layers": [1, 1, 0]}, "mixtral", r"no_rope_layers = \[1, 1, 0\]"),
     ("llama", {"attention_bias": True}, "mixtral", "attention_bias = True"),
     ("llama", {"attention_bias": True}, "glm4_moe", "attention_bias = True: .*o_proj.bias"),
     ("llama", {"attention_bias": True}, "qwen2_moe", "attention_bias = True: .*o_proj.bias"),
-    ("llama", {"mlp_bias": True}, "auto", "mlp_bias = True"),
+    ("llama", {"mlp_bias": True}, "mixtral", "mlp_bias = True"),
     ("llama", {}, "llama4", "model_type = 'llama'"),
     ("llama", {}, "deepseek_v3", "model_type = 'llama'"),
     ("llama", {}, "qwen3_moe", "model_type = 'llama'"),
@@ -35,8 +34,8 @@ REFUSED = [
     ("mistral", {"sliding_window": 8}, "glm4_moe", "sliding_window = 8"),
     ("mistral", {"sliding_window": 8}, "granitemoe", "sliding_window = 8"),
     ("mistral", {"sliding_window": 8}, "qwen2_moe", "sliding_window = 8"),
-    ("smollm3", {"attention_bias": True}, "auto", "attention_bias = True"),
-    ("smollm3", {"mlp_bias": True}, "auto", "mlp_bias = True"),
+    ("smollm3", {"attention_bias": True}, "mixtral", "attention_bias = True"),
+    ("smollm3", {"mlp_bias": True}, "mixtral", "mlp_bias = True"),
     ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "mixtral", "use_sliding_window = True"),
     (
         "qwen3",
@@ -54,17 +53,17 @@ REFUSED = [
     (
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "auto",
+        "mixtral",
         r"rope_parameters.partial_rotary_factor = 0\.5",
     ),
     (
         "phi3",
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
-        "auto",
+        "mixtral",
         "rope_parameters.rope_type = 'longrope'",
     ),
-    ("granite", {"mlp_bias": True}, "auto", "mlp_bias = True"),
-    ("ernie4_5", {"use_bias": True}, "auto", "use_bias = True"),
+    ("granite", {"mlp_bias": True}, "granitemoe", "mlp_bias = True"),
+    ("ernie4_5", {"use_bias": True}, "ernie4_5_moe", "use_bias = True"),
 ]  # fmt: skip
 
 
@@ -79,11 +78,36 @@ def test_refused_with_key_and_value(source, config, target, named, dense, tmp_pa
     assert not (tmp_path / "out.partial").exists()
 
 
+HELD = [
+    ("gemma", {}, "hidden_act = 'gelu_pytorch_tanh'"),
+    ("gemma2", {}, r"final_logit_softcapping = 30\.0"),
+    ("gemma3_text", {}, "hidden_activation = 'gelu_pytorch_tanh'"),
+    ("exaone4", {}, "model_type = 'exaone4'"),
+    ("gpt2", {}, "model_type = 'gpt2': no native mixture"),
+    ("bert", {}, "model_type = 'bert': no native mixture"),
+    ("smollm3", {"no_rope_layer_interval": 2}, r"no_rope_layers = \[1, 0, 1\]"),
+    ("llama", {"mlp_bias": True}, "mlp_bias = True"),
+    ("ernie4_5", {"use_bias": True}, "use_bias = True"),
+]
+
+
+@pytest.mark.parametrize(("source", "config", "named"), HELD)
+def test_what_no_native_target_holds_becomes_our_own_and_says_why(source, config, named, dense):
+    plan = inprocess.plan("upcycle", dense(source, **config))
+    assert plan.config["model_type"] == plan.facts["target"] == "moeforge"
+    assert plan.verdicts["exact"] is True
+    assert any(re.search(f"target moeforge, because .*{named}", warning) for warning in plan.warnings)
+    assert plan.verdicts["portability"]["transformers"].startswith("exact: with moeforge installed")
+    assert {plan.verdicts["portability"][other].split(":")[0] for other in ("vllm", "llama.cpp")} == {"unsupported"}
+
+
 def test_a_refusal_says_what_works(dense):
     with pytest.raises(BadInput, match="it can become mixtral, glm4_moe"):
         inprocess.plan("upcycle", dense("llama"), target="llama4")
-    with pytest.raises(BadInput, match="--allow-inexact"):
+    with pytest.raises(BadInput, match="--allow-inexact goes on and records it; --target moeforge holds it exactly"):
         inprocess.plan("upcycle", dense("llama", attention_bias=True), target="mixtral")
+    with pytest.raises(BadInput, match="it can become moeforge"):
+        inprocess.plan("upcycle", dense("gemma2"), target="mixtral")
     with pytest.raises(UsageProblem, match="did you mean 'mixtral'"):
         inprocess.plan("upcycle", dense("llama"), target="mixtrall")
 
@@ -139,7 +163,7 @@ def test_allow_inexact_is_recorded_and_measured(source, config, target, key, den
 
 
 def test_allow_inexact_does_not_open_what_has_no_mapping(dense):
-    for source, target in (("gemma2", "auto"), ("llama", "llama4")):
+    for source, target in (("gemma2", "mixtral"), ("llama", "llama4")):
         with pytest.raises(BadInput):
             inprocess.plan("upcycle", dense(source), target=target, allow_inexact=True)
 
@@ -264,7 +288,8 @@ def test_rotary_caches_of_old_files_are_left_out(damaged):
 )  # fmt: skip
 def test_rotary_embeddings_that_no_target_has(family, config, named, damaged):
     """The refusal speaks the config's own dialect."""
-    target = {"qwen2": "qwen2_moe", "mistral": "mixtral"}.get(family, "auto")
+    target = {"qwen2": "qwen2_moe", "olmo2": "flex_olmo", "cohere2": "cohere2_moe", "ernie4_5": "ernie4_5_moe",
+              "granite": "granitemoe", "qwen3": "qwen3_moe"}.get(family, "mixtral")  # fmt: skip
     with pytest.raises(BadInput, match=rf"[ :]{re.escape(named)}") as refusal:
         inprocess.plan("upcycle", damaged(family=family, **config), target=target)
     assert "rope.rope_type" not in str(refusal.value)
@@ -281,21 +306,17 @@ def test_what_would_not_load_cannot_be_allowed(damaged):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "a gemma3_text; .* no native mixture holds that block"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "whose text model is a gemma3_text; "),
         ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "several modalities, whose text model is a llama; "),
         ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}, "vision_config": {}}, "text model is a mistral; "),
         ({"model_type": "qwen2_vl", "vision_config": {"depth": 32}}, "model_type = 'qwen2_vl' is a model of several modalities; "),
     ],
 )  # fmt: skip
 def test_a_model_of_several_modalities_is_called_that(config, said, damaged):
-    with pytest.raises(BadInput, match=said) as refusal:
+    with pytest.raises(BadInput, match=said):
         inprocess.plan("upcycle", damaged(**config))
-    assert ("no native mixture" in str(refusal.value)) is (config["model_type"] == "gemma3")
 
 
-def test_families_without_a_mixture_are_not_offered():
-    assert not {"gemma", "gemma2", "gemma3_text", "exaone4"} & set(pairs.sources())
-    assert {"llama", "qwen2", "olmo2"} <= set(pairs.sources())
-    with pytest.raises(BadInput, match="families with one: cohere2, ernie4_5, granite, llama") as refusal:
-        pairs.load("mamba")
-    assert "gemma" not in str(refusal.value)
+def test_only_some_families_have_a_native_mixture():
+    assert not any(pairs.load(source)[0] for source in ("gemma", "gemma2", "gemma3_text", "exaone4", "gpt2"))
+    assert all(pairs.load(source)[0] for source in ("llama", "qwen2", "olmo2"))

@@ -246,7 +246,7 @@ class Loop:
                     raise
                 if self.settings.save_every and self.step % self.settings.save_every == 0 and self.spent < amount:
                     self._save(metrics)
-        metrics.sync()
+        self._keep_result(metrics)
         return Result(self.step, self.tokens, self._elapsed(), self.speed, metrics)
 
     @property
@@ -366,13 +366,21 @@ class Loop:
         metrics.add({"event": "held_out", "step": self.step, **found})
         self.say(f"held-out loss {found['loss']:.4f} (perplexity {found['perplexity']:.2f}) after {self.step} steps")
 
-    def _save(self, metrics: Metrics) -> None:
+    def _keep_result(self, metrics: Metrics) -> None:
+        """What was learnt outlives a result that cannot be written; where there is no room for it, the result is still tried."""
+        metrics.sync()
+        try:
+            self._save(metrics, finished=True)
+        except OSError as error:
+            self.say(f"what was learnt could not be saved before the result is written: {error}")
+
+    def _save(self, metrics: Metrics, finished: bool = False) -> None:
         if self.keeper is None:
             return
         path = self.keeper.place(self.step)
         meta = {"step": self.step, "tokens": self.tokens, "seconds": self._elapsed(), "metrics": metrics.sync(),
                 "cursor": self.cursor.as_json()}  # fmt: skip
-        save_state(path, self.named, self.optimizer, meta)
+        save_state(path, self.named, None if finished else self.optimizer, meta)
         self.keeper.record(path, self.step)
 
     def _resume(self) -> Metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ META = "moeforge"
 
 
 def save_state(
-    path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+    path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer | None, meta: dict[str, Any]
 ) -> None:
-    """Write tensors, the optimizer's state (its groups hold `names`) and `meta` (JSON-able), by fsync and rename."""
-    from safetensors.torch import save_file
+    """Write tensors, the optimizer's state (its groups hold `names`) and `meta` (JSON-able), by fsync and rename.
 
+    Args:
+        optimizer: None once it has nothing more to do.
+
+    Raises:
+        OSError: there is no room; nothing of the file is left behind.
+    """
     body = dict(tensors)
     scalars: dict[str, dict[str, Any]] = {}
-    for name, param in _params(optimizer):
+    for name, param in _params(optimizer) if optimizer is not None else ():
         for key, value in optimizer.state.get(param, {}).items():
             if isinstance(value, torch.Tensor):
                 body[f"optimizer/{name}/{key}"] = value
@@ -32,10 +38,12 @@ def save_state(
     if torch.cuda.is_available():
         body["rng/cuda"] = torch.cuda.get_rng_state()
     half = path.with_name(path.name + ".half")
-    save_file(_apart(body), half, {META: json.dumps({**meta, "scalars": scalars})})
-    with open(half, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(half, path)
+    try:
+        _write(half, _apart(body), {META: json.dumps({**meta, "scalars": scalars})})
+        os.replace(half, path)
+    except OSError:
+        half.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -75,6 +83,21 @@ def load_state(path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.op
         if "rng/cuda" in keys and torch.cuda.is_available():
             torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))
     return meta
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # what the disk says comes as text
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), str(error), str(path)) from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

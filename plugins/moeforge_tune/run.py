@@ -51,7 +51,7 @@ def run(plan: Plan, out: Workspace, ctx: Context) -> Written:
         write_companions(source, out.path, dict(source.config))
         with ctx.bar("writing", sum(info.nbytes for info in source.tensors.values()), "B") as bar:
             # no journal: a plan does not tell learnt weights from those of another attempt (another thread count), so a run
-            # that died while writing writes them all again
+            # that died while writing writes them all again, from the state that the loop left
             written = write_checkpoint(ops, out.path, on_bytes=bar.advance, check=ctx.check)
         plot(result, out.path / FOLDER)
         for state in out.path.glob(f"{States.PREFIX}*"):

@@ -63,7 +63,9 @@ class Options:
     evaluate_every: int = opt(
         "measure the held-out loss every so many updates as well; 0: before and after", default=0, min=0
     )
-    save_every: int = opt("save the state for a resume every so many updates; 0: on Ctrl-C only", default=0, min=0)
+    save_every: int = opt(
+        "save the state for a resume every so many updates as well; 0: on Ctrl-C and at the end", default=0, min=0
+    )
     seed: int = opt("order of the documents and which are held out", default=0, min=0)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from moeforge.errors import GateRefused, Interrupted
 from moeforge.pipeline.progress import Progress
@@ -242,15 +243,45 @@ def test_killed_between_saves_the_bits_are_the_same(tiny, tmp_path):
     whole.run(bar)
     part = make(tiny, tmp_path / "part", save_every=2)
     part.run(bar)
-    assert part.keeper.saved == [2, 4]
-    (tmp_path / "part/state-000004").unlink()
+    assert part.keeper.saved == [2, 4, 6]
+    for late in (4, 6):
+        (tmp_path / f"part/state-{late:06}").unlink()
     with open(tmp_path / "part/metrics.jsonl", "a") as file:
         file.write('{"event": "st')
     rest = make(tiny, tmp_path / "part", save_every=2)
     rest.run(bar)
-    assert rest.keeper.saved == [4]
+    assert rest.keeper.saved == [4, 6]
     assert same(weights(whole), weights(rest))
     assert (tmp_path / "part/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_what_was_learnt_outlives_a_result_that_could_not_be_written(tiny, tmp_path, monkeypatch):
+    """The state of a finished run is enough to write its result: nothing is trained or measured again."""
+    first = make(tiny, tmp_path / "run")
+    first.run(bar)
+    told = (tmp_path / "run/metrics.jsonl").read_bytes()
+    monkeypatch.setattr(Loop, "_update", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr("moeforge.train.loop.evaluate", lambda *_: pytest.fail("measured again"))
+    second = make(tiny, tmp_path / "run")
+    result = second.run(bar)
+    assert same(weights(first), weights(second)) and result.steps == 6
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == told
+
+
+def test_a_full_disk_takes_the_saved_state_and_not_the_result(tiny, tmp_path, monkeypatch):
+    said = []
+    loop = make(tiny, tmp_path / "run")
+    monkeypatch.setattr(loop, "say", said.append)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert loop.run(bar).steps == 6
+    assert "No space left on device" in said[-1]
+    assert not list((tmp_path / "run").glob("state-*"))
+
+
+def full(tensors, path, metadata):
+    """As safetensors puts it, after some bytes."""
+    path.write_bytes(b"half")
+    raise SafetensorError(f'Error while serializing: I/O error: No space left on device (os error 28) at path "{path}"')
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny, tmp_path):

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import BadInput
 from .base import Checkpoint
+from .safetensors import row_range
 from .tensor import TensorInfo
 
 
@@ -38,3 +40,28 @@ class TensorOp:
     inputs: tuple[Input, ...] = ()
     compute: Callable[..., np.ndarray | Sequence[np.ndarray]] | None = None
     note: str = "copied"
+
+
+def input_info(source: Input) -> TensorInfo:
+    """Name, dtype and shape of what an input reads.
+
+    Raises:
+        BadInput: its checkpoint has no such tensor.
+    """
+    info = source.checkpoint.tensors.get(source.name)
+    if info is None:
+        raise BadInput(f"{source.checkpoint.ref}: no tensor {source.name!r}")
+    return TensorInfo(info.name, info.dtype, row_range(info, source.rows)[0])
+
+
+def check_op(op: TensorOp) -> None:
+    """Raises BadInput when a copy would change dtype or shape."""
+    if op.compute is not None:
+        return
+    if len(op.inputs) != 1:
+        raise BadInput(f"{op.outputs[0].name!r}: a copy has one input, the plan gives {len(op.inputs)}")
+    source = input_info(op.inputs[0])
+    for info in op.outputs:
+        if (info.dtype, info.shape) != (source.dtype, source.shape):
+            raise BadInput(f"{info.name!r} is planned as {info.dtype} {list(info.shape)}, but is a copy of {source.name!r}, "
+                           f"which is {source.dtype} {list(source.shape)}")  # fmt: skip

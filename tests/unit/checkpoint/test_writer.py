@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from moeforge.checkpoint import Input, TensorInfo, TensorOp, open_checkpoint
+from moeforge.checkpoint import feed as feed_module
 from moeforge.checkpoint import writer as writer_module
 from moeforge.checkpoint.digest import file_digest, safetensors_digest
 from moeforge.checkpoint.writer import plan_shards, write_checkpoint
@@ -244,7 +245,7 @@ def test_a_failing_op_stops_the_others_and_is_the_error_raised(source, out):
 
 
 def test_a_long_copy_stops_when_another_op_fails(source, out, monkeypatch):
-    monkeypatch.setattr(writer_module, "_ROWS_BYTES", 10)
+    monkeypatch.setattr(feed_module, "_ROWS_BYTES", 10)
     monkeypatch.setattr(type(source), "extent", lambda *_: None)
     read, reading, reads = type(source).read, threading.Event(), []
 
@@ -355,7 +356,7 @@ def test_memory_in_flight_stays_below_the_bound(out):
 
 
 def test_a_copy_without_an_extent_is_read_some_rows_at_a_time(source, out, monkeypatch):
-    monkeypatch.setattr(writer_module, "_ROWS_BYTES", 30)
+    monkeypatch.setattr(feed_module, "_ROWS_BYTES", 30)
     monkeypatch.setattr(type(source), "extent", lambda *_: None)
     asked = []
     read = type(source).read

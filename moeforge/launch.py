@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import select
 import signal
 import sys
@@ -14,7 +13,7 @@ import click
 
 from .errors import BadInput, UsageProblem, tame
 from .options import Spec, build, did_you_mean, opt, read_toml, specs
-from .pipeline.artifact import Artifact, locate, parse_line
+from .pipeline.artifact import Artifact, as_line, locate, parse_line
 from .pipeline.context import Context
 from .pipeline.noise import tamed
 from .pipeline.progress import Progress
@@ -209,7 +208,7 @@ def _query(verb: Command, chosen: Chosen, sources: list[Artifact], ctx: Context)
         check_kind(verb.stage, src)
     answer = verb.stage.answer(sources, chosen.options, ctx)
     # what was found in a checkpoint may come from a stranger, and a terminal obeys it
-    click.echo(json.dumps(answer.data) if chosen.common.json else tame(answer.text))
+    click.echo(as_line(answer.data) if chosen.common.json else tame(answer.text))
     return answer.exit_code
 
 

@@ -8,12 +8,14 @@ before anything is written.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput, UsageProblem
+from ..errors import BadInput, MoeforgeError, UsageProblem
 from ..options import expand
 from .schema import check_manifest
 
@@ -50,7 +52,28 @@ class Artifact:
         else:
             body["ref"] = self.ref
         body |= {k: v for k, v in (("digest", self.digest), ("verb", self.verb), ("plan", self.plan)) if v is not None}
-        return json.dumps(body, separators=(",", ":"))
+        return as_line(body, (",", ":"))
+
+
+def as_line(value: Any, separators: tuple[str, str] | None = None) -> str:
+    """What goes to stdout for programs: one line of JSON as the standard has it, which knows no NaN and no infinity.
+
+    Raises:
+        MoeforgeError: naming the number that is none. Whoever answers says null and why instead.
+    """
+    for where, number in _numbers(value, ""):
+        if not math.isfinite(number):
+            raise MoeforgeError(f"the answer holds {where} = {number}, which JSON cannot say; without --json it is shown, "
+                                "and please report this")  # fmt: skip
+    return json.dumps(value, separators=separators, allow_nan=False)
+
+
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield where, value
+    elif isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(inner, f"{where}.{key}" if where else str(key))
 
 
 def parse_line(text: str) -> Artifact:

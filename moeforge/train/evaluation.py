@@ -24,6 +24,7 @@ from ..model.tokenizer import has_tokenizer, load_tokenizer
 from ..pipeline.context import Context
 from .data import Document, Pool
 from .encoding import Encoder
+from .metrics import perplexity
 from .packing import IGNORE, Packer
 from .runners import Memory, Runner, make_runners
 
@@ -60,10 +61,10 @@ class Score:
         found = [index for index, value in enumerate(sums) if not math.isfinite(value)]
         return found if found or self.comparison.finite else [0, 1]
 
-    def as_json(self, *, against: bool) -> dict[str, float | int]:
-        """Means over the tokens."""
+    def as_json(self, *, against: bool) -> dict[str, float | int | None]:
+        """Means over the tokens; see :func:`perplexity` for where there is none."""
         count, own = self.own.tokens, self.own
-        found: dict[str, float | int] = {"tokens": count, "loss": own.loss / count,
+        found: dict[str, float | int | None] = {"tokens": count, "loss": own.loss / count,
                                          "perplexity": perplexity(own.loss / count), "accuracy": own.right / count}  # fmt: skip
         if against:
             apart = self.comparison
@@ -71,11 +72,6 @@ class Score:
             found |= {"against_loss": loss, "against_perplexity": perplexity(loss),
                       "kl": apart.kl / count, "agreement": apart.agreed / count}  # fmt: skip
         return found
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float ends, NaN for NaN."""
-    return math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,20 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.jsonl"
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None where that is no number that a file can hold: past the largest float (a loss of 709), and for NaN."""
+    try:
+        found = math.exp(loss)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def perplexity_text(value: float | None) -> str:
+    """For people."""
+    return "above 1e308" if value is None else f"{value:.4g}"
 
 
 class Metrics:

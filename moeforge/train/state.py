@@ -28,8 +28,9 @@ def save_state(
     """
     body = dict(tensors)
     scalars: dict[str, dict[str, Any]] = {}
-    for name, param in _params(optimizer) if optimizer is not None else ():
-        for key, value in optimizer.state.get(param, {}).items():
+    states = [] if optimizer is None else [(name, optimizer.state.get(param, {})) for name, param in _params(optimizer)]
+    for name, state in states:
+        for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 body[f"optimizer/{name}/{key}"] = value
             else:

@@ -127,6 +127,7 @@ class Compress:
 
     def _evaluate(self, work: Work, out: Workspace, ctx: Context) -> tuple[dict[str, Any], str]:
         from moeforge.model.tokenizer import has_tokenizer
+        from moeforge.train.metrics import perplexity_text
 
         from .evaluate import TEXT, evaluate
 
@@ -137,7 +138,7 @@ class Compress:
         # read back from the files by the core's own decoder, which shares no code with the encoder
         with open_checkpoint(str(out.path), dequantize=True) as made:
             found = evaluate(work.checkpoint, made, work.options.eval_tokens, ctx)
-        return found, (f"perplexity {found['perplexity']:.4g} (parent {found['perplexity_parent']:.4g}), KL to the parent "
+        return found, (f"perplexity {perplexity_text(found['perplexity'])} (parent {perplexity_text(found['perplexity_parent'])}), KL to the parent "
                        f"{found['kl_to_parent']:.3g} nats a token, same favourite token {found['top1_agreement']:.1%}")  # fmt: skip
 
 

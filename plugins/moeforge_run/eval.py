@@ -12,6 +12,7 @@ from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Answer
 from moeforge.report.table import table
+from moeforge.train.metrics import perplexity_text
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ def measure_text(ref: str, options: Options, ctx: Context) -> dict[str, Any]:
 
 def describe(found: dict[str, Any]) -> str:
     """The numbers as a table for people."""
-    rows = [("perplexity", f"{found['perplexity']:.4g}"), ("loss", f"{found['loss']:.4f} nats a token"),
+    rows = [("perplexity", perplexity_text(found['perplexity'])), ("loss", f"{found['loss']:.4f} nats a token"),
             ("next token right", f"{found['accuracy']:.1%}")]  # fmt: skip
     if "against" in found:
-        rows += [(f"perplexity of {found['against']}", f"{found['against_perplexity']:.4g}"),
+        rows += [(f"perplexity of {found['against']}", perplexity_text(found['against_perplexity'])),
                  ("KL divergence from it", f"{found['kl']:.3g} nats a token"),
                  ("same favourite token", f"{found['agreement']:.1%}")]  # fmt: skip
     rows += [("measured on", f"{found['tokens']:,} tokens of {', '.join(found['data'])}"),

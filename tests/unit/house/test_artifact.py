@@ -1,11 +1,12 @@
 """References through pipes."""
 
 import json
+import math
 
 import pytest
 
-from moeforge.errors import BadInput
-from moeforge.pipeline.artifact import Artifact, locate, parse_line
+from moeforge.errors import BadInput, MoeforgeError
+from moeforge.pipeline.artifact import Artifact, as_line, locate, parse_line
 
 MANIFEST = {"schema": 1, "kind": "checkpoint", "verb": "upcycle", "digest": "sha256:aa", "parents": [],
             "files": {"a": {"bytes": 1, "digest": "sha256:cc"}}}  # fmt: skip
@@ -126,3 +127,13 @@ def test_a_manifest_of_endless_depth_is_refused(made):
     (made / "moeforge.json").write_text(json.dumps(MANIFEST).replace('"parents": []', f'"parents": [{deep}]'))
     with pytest.raises(BadInput, match=r"moeforge\.json"):
         locate(str(made))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_json_cannot_say_is_refused_by_name(number):
+    answer = {"a": [1.5, {"b": (0.1, number)}], "c": "NaN"}
+    with pytest.raises(MoeforgeError, match=rf"holds a\.1\.b\.1 = {number}"):
+        as_line(answer)
+    with pytest.raises(MoeforgeError, match=r"plan.facts.loss"):
+        Artifact("plan", "-", plan={"facts": {"loss": number}}).line()
+    assert json.loads(as_line({"a": [1.5, None], "c": "NaN"})) == {"a": [1.5, None], "c": "NaN"}

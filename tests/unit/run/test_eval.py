@@ -20,7 +20,8 @@ from moeforge.testing.command import run
 from moeforge.testing.conformance import check_light
 from moeforge.testing.models import tiny_dense
 from moeforge.train.data import find_documents, find_pools, hold_out, hold_out_pools
-from moeforge.train.evaluation import Score, perplexity
+from moeforge.train.evaluation import Score
+from moeforge.train.metrics import perplexity, perplexity_text
 from moeforge_run.eval import Eval
 
 LENGTH = 24
@@ -213,7 +214,21 @@ def test_a_model_of_nan_is_refused_by_name(answer, saved, other, tokenizer, text
 
 def test_perplexity_ends_where_a_float_does():
     assert perplexity(1.5) == pytest.approx(math.exp(1.5))
-    assert perplexity(800.0) == math.inf and math.isnan(perplexity(math.nan))
+    assert perplexity(709.0) == pytest.approx(math.exp(709.0))
+    assert perplexity(800.0) is perplexity(math.inf) is perplexity(math.nan) is None
+    assert perplexity_text(perplexity(2.0)) == "7.389" and perplexity_text(perplexity(800.0)) == "above 1e308"
+
+
+def test_a_model_that_is_sure_of_the_wrong_token_is_told_in_json_all_the_same(answer, saved, tokenizer, text, tmp_path):
+    model, _ = tiny_dense("llama")
+    with torch.no_grad():
+        model.lm_head.weight *= 1e5
+    model.save_pretrained(tmp_path / "sure")
+    tokenizer.save_pretrained(tmp_path / "sure")
+    told = answer(tmp_path / "sure", data=(str(text[0]),))
+    found = json.loads(json.dumps(told.data, allow_nan=False))
+    assert found["perplexity"] is None and 710 < found["loss"] < 1e9
+    assert "above 1e308" in told.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from ..errors import BadInput
 from .base import Checkpoint
 from .directory import Folder
+from .module_pattern import matches_tail
 from .safetensors import SafetensorsFile, parse_json, read_header
 from .tensor import FLOATS, NUMPY_DTYPES, Companion, Extent, TensorInfo
 
@@ -282,11 +282,6 @@ def _pattern(patterns: Any, module: str, default: Any, ref: str) -> Any:
     if not isinstance(patterns or {}, Mapping):
         raise BadInput(f"{ref}: rank_pattern or alpha_pattern is {patterns!r}, an object is expected")
     for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise BadInput(
-                f"{ref}: rank_pattern or alpha_pattern {pattern!r} is not a regular expression: {error}"
-            ) from error
+        if matches_tail(pattern, module, f"{ref}: rank_pattern or alpha_pattern {pattern!r}"):
+            return value
     return default

@@ -23,7 +23,7 @@ class Options:
     proof: bool = opt(
         "repeat the equality proof where exactness was promised and the parent is still there", default=True
     )
-    allow_pickle: bool = opt("read .bin files of the parent through torch's restricted unpickler", default=False)
+    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
 
 @dataclass
@@ -86,7 +86,7 @@ def _check_files(path: Path, manifest: dict[str, Any], found: Findings, ctx: Con
 def _check_model(src: Artifact, options: Options, found: Findings, ctx: Context) -> None:
     """Headers and index, then every tensor of the architecture, then the proof."""
     try:
-        checkpoint = open_checkpoint(src.ref, dequantize=None)
+        checkpoint = open_checkpoint(src.ref, allow_pickle=options.allow_pickle, dequantize=None)
     except BadInput as error:
         found.problems.append(str(error))
         return

@@ -202,6 +202,9 @@ def test_parents_are_opened_as_they_were_then(dense, tmp_path):
     assert "--allow-pickle" in told["skipped"][0]
     assert run("verify", tmp_path / "a", "--json", "--allow-pickle", check=True).reference["proof"]["exact"]
     assert run("verify", tmp_path / "b", "--json", check=True).reference["proof"]["exact"]
+    refused = run("verify", pickled, "--json").reference
+    assert not refused["ok"] and "--allow-pickle" in refused["problems"][0]
+    assert run("verify", pickled, "--json", "--allow-pickle", check=True).reference["ok"]
 
 
 def test_a_broken_promise_is_found(ask, copy):

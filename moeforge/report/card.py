@@ -40,7 +40,7 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any] | None, re
     manifest = public_manifest(manifest)
     steps = list(lineage(manifest))
     sections = [
-        _front_matter(manifest, steps),
+        _front_matter(manifest, steps, config),
         f"# {repo.rpartition('/')[2]}\n\n{_opening(manifest, steps)}",
         "## How it was made\n\n" + "\n".join(_step(number, step) for number, step in enumerate(reversed(steps), 1)),
         _section("## What was proven", _exactness(steps)),
@@ -79,9 +79,9 @@ def sources(steps: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-def _front_matter(manifest: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> str:
+def _front_matter(manifest: Mapping[str, Any], steps: list[Mapping[str, Any]], config: Mapping[str, Any] | None) -> str:
     parents = sources(steps)
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    lines = ["library_name: transformers", *(["pipeline_tag: text-generation"] if _generates(config) else [])]
     licences = {str(parent.get("license") or "unknown") for parent in parents}
     if len(licences) == 1 and licences != {"unknown"}:
         lines.append(f"license: {_yaml(licences.pop())}")
@@ -197,7 +197,12 @@ def _loading(manifest: Mapping[str, Any], config: Mapping[str, Any] | None, repo
                   f'model = AutoModelForCausalLM.from_pretrained("{repo}")', "```", ""]  # fmt: skip
     elif config is not None:
         lines += ["```python", "import moeforge", "", f'model = moeforge.load("{repo}")', "```", ""]
-    lines += ["```sh", f'moeforge generate {repo} "Once upon a time"', "```"]
+        if config.get("auto_map"):
+            auto = next((name for name in config["auto_map"] if name not in ("AutoConfig", "AutoModel")), "AutoModel")
+            lines += ["or, where moeforge is installed,", "", "```python", f"from transformers import {auto}", "",
+                      f'model = {auto}.from_pretrained("{repo}", trust_remote_code=True)', "```", ""]  # fmt: skip
+    if _generates(config):
+        lines += ["```sh", f'moeforge generate {repo} "Once upon a time"', "```"]
     if isinstance(portability, Mapping):
         lines += [
             "",
@@ -206,6 +211,11 @@ def _loading(manifest: Mapping[str, Any], config: Mapping[str, Any] | None, repo
             *(f"| {runtime} | {_value(verdict)} |" for runtime, verdict in portability.items()),
         ]
     return "\n".join(lines)
+
+
+def _generates(config: Mapping[str, Any] | None) -> bool:
+    """Whether the model writes text: whatever is not of our own layout does."""
+    return config is None or config.get("model_type") != "moeforge" or "ForCausalLM" in str(config.get("architectures"))
 
 
 def _licences(steps: list[Mapping[str, Any]]) -> list[str]:

@@ -19,6 +19,8 @@ from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 from moeforge.report.card import model_card, public_manifest
 
+from . import remote_code
+
 RECEIPT = "receipt.json"
 
 
@@ -29,6 +31,10 @@ class Options:
     branch: str = opt("the branch to commit to; made when it is missing", default="main")
     pr: bool = opt("open a pull request instead of committing", default=False)
     message: str | None = opt("the commit message", default=None)
+    remote_code: bool = opt(
+        "add the file that makes trust_remote_code=True load a checkpoint of moeforge's own layout where moeforge is installed",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         check_repo(self.repo)
@@ -44,6 +50,8 @@ class Work:
     files: dict[str, Path | bytes]
     sizes: dict[str, int]
     options: Options
+    digest: str
+    """Of what is published."""
 
 
 class Push:
@@ -75,10 +83,16 @@ class Push:
             raise BadInput(
                 f"{src.path}: the digest in {MANIFEST} is not that of the files it lists; it was edited, write the artifact again"
             )
-        folder = Folder(src.path)
-        card = model_card(src.manifest, folder.config() if "config.json" in listed else None, options.repo)
+        folder, manifest = Folder(src.path), src.manifest
+        config = folder.config() if "config.json" in listed else None
         files: dict[str, Path | bytes] = {name: folder.file(name) for name in listed if name != CARD}
-        files[MANIFEST] = (json.dumps(public_manifest(src.manifest), indent=2) + "\n").encode()
+        if options.remote_code:
+            added = remote_code.files(src.ref, config)
+            manifest = remote_code.described(manifest, added)
+            files |= added
+            config = json.loads(added["config.json"])
+        card = model_card(manifest, config, options.repo)
+        files[MANIFEST] = (json.dumps(public_manifest(manifest), indent=2) + "\n").encode()
         files[CARD] = card.encode()
         sizes = {
             name: len(held) if isinstance(held, bytes) else held.stat().st_size for name, held in sorted(files.items())
@@ -87,7 +101,7 @@ class Push:
         return Plan(
             verb=self.name, method=None, summary=f"{len(sizes)} files, {format_bytes(total)} to {_target(options)}",
             facts={"repo": options.repo, "branch": options.branch, "upload_bytes": total, "files": sizes},
-            warnings=_licence_warnings(src.manifest), payload=Work(src, files, sizes, options),
+            warnings=_licence_warnings(src.manifest), payload=Work(src, files, sizes, options, manifest["digest"]),
         )  # fmt: skip
 
     def _plan_upon_plan(self, src: Artifact, options: Options) -> Plan:
@@ -109,7 +123,7 @@ class Push:
             )  # fmt: skip
         receipt: dict[str, Any] = {
             "moeforge": 1, "kind": "receipt", "repo": options.repo, "branch": options.branch, "commit": done.commit,
-            "url": done.url, "pull_request": done.pull_request, "digest": work.source.digest, "files": work.sizes,
+            "url": done.url, "pull_request": done.pull_request, "digest": work.digest, "files": work.sizes,
         }  # fmt: skip
         (out.path / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", "utf-8")
         return Written("receipt", counts={"upload_bytes": plan.facts["upload_bytes"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 
@@ -73,7 +74,7 @@ class Router(nn.Module):
         policy = config.train_select if self.training and config.train_select is not None else config.select
         if policy == "fixed":
             return self._fixed(x, self._known(labels), real)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             logits, seen = self._logits(x)
         real, allowed = self._eligible(x, real, labels)
         if allowed is not None:
@@ -196,3 +197,9 @@ class Router(nn.Module):
         c = self.config
         null = f" + {c.null_experts} null" if c.null_experts else ""
         return f"{c.kind}, {c.score}, {c.select}, {self.experts} experts{null}"
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    # the meta device, on which shapes are worked out, has none
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()

@@ -67,6 +67,10 @@ class MoeforgeConfig(PreTrainedConfig):
                                f"{'an object' if kind is dict else 'a list'}")  # fmt: skip
         return super().from_dict(config_dict, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: the code lies in this package, so none is copied beside a model that a repository's file led here."""
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
         """The config of the dense model's text tower: what generation and caches look at."""
         return self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
@@ -76,6 +80,8 @@ class MoeforgeConfig(PreTrainedConfig):
         found = {key: value for key, value in super().to_dict().items() if key in _OWN and value is not None}
         found.pop("_name_or_path", None)
         base = None if self.base_config is None else self.base_config.to_diff_dict()
+        if base is not None and "dtype" in found:
+            base["dtype"] = found["dtype"]  # the dense model that is written here is stored in this one
         return found | {"base_config": base, "mixtures": [entry.as_json() for entry in self.mixtures]}
 
     def to_diff_dict(self) -> dict[str, Any]:

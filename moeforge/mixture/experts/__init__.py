@@ -1,1 +1,11 @@
-"""Kinds of experts by name: ours, and those that a package registers under the entry-point group `moeforge.mixtures`."""
+"""Kinds of experts by name: ours, and those that a package registers under the entry-point group `moeforge.mixtures`.
+
+Entry points are looked up by moeforge.model, which knows the registry; here are only the names that moeforge itself provides.
+"""
+
+from __future__ import annotations
+
+KINDS = {
+    "ffn": "moeforge.mixture.experts.ffn:FFNExperts",
+}
+"""ExpertsConfig.type -> "module:class"."""

@@ -9,11 +9,48 @@ under the names that the dense model used. `stored` is that mapping, as data, re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor, nn
 
 from moeforge_kernels.pairs import Pairs
+
+from ...errors import BadInput
+from ..config import ExpertsConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """What experts are told about the site where they will stand.
+
+    Attributes:
+        width, out_width: D, D'.
+        names: role (gate, up, gate_up, down; q, k, v, qkv, o) -> path of that linear map below the root, `""` where the site is it.
+        transposed: the dense model stores its matrices [inputs, outputs].
+        root: how messages call the site.
+    """
+
+    width: int
+    out_width: int
+    names: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    root: str = "a site"
+
+    def require_ffn(self, config: ExpertsConfig) -> None:
+        """Refuse feed-forward networks of a shape that the site's network does not have.
+
+        Raises:
+            BadInput: names what is asked and what is there.
+        """
+        wanted = [{"gate", "up", "down"}, {"gate_up", "down"}] if config.gated else [{"up", "down"}]
+        if set(self.names) not in wanted:
+            raise BadInput(
+                f"experts of type {config.type!r}, gated = {str(config.gated).lower()}, at {self.root}: the network there has "
+                f"the linear maps {', '.join(sorted(self.names)) or 'none'}"
+            )
+        if config.width < 1:
+            raise BadInput(f"experts at {self.root}: width = {config.width}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -24,7 +61,8 @@ class Stored:
         parts: names below `experts.{e}.`, such as `gate_proj.weight`.
         rows: their sizes along R; their sum is R.
         transposed: on disk each matrix is [columns, rows] (GPT-2's Conv1D).
-        shared: the parameter has no expert axis and is stored once, below the mixture.
+        shared: the parameter has no expert axis and is stored once, below the mixture's root: what keeps the name of the dense
+            model's own projection there.
     """
 
     parts: tuple[str, ...]
@@ -43,6 +81,23 @@ class Experts(nn.Module):
 
     count: int
     width: int
+
+    @classmethod
+    def at(cls, place: Place, config: ExpertsConfig) -> Self:
+        """Build them from an entry of `mixtures`; values are not set.
+
+        Raises:
+            BadInput: the entry or the site does not suit this kind.
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self, std: float) -> None:
+        """New values: matrices normal with `std`, vectors zero. A kind that must start otherwise (LoRA: B = 0) says so here."""
+        for parameter in self.parameters():
+            if parameter.ndim > 2:
+                nn.init.normal_(parameter, std=std)
+            else:
+                nn.init.zeros_(parameter)
 
     def prepare(self, hidden: Tensor) -> Tensor:
         """[..., D] as the site gets it -> [T, ...], what `forward` gets: the one place where experts see how tokens lie in a batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from moeforge_kernels.activations import canonical
 from moeforge_kernels.expert_ffn import expert_ffn
 from moeforge_kernels.pairs import Pairs
 
-from .base import Experts, Stored
+from ..config import ExpertsConfig
+from .base import Experts, Place, Stored
 
 
 class FFNExperts(Experts):
@@ -24,7 +26,8 @@ class FFNExperts(Experts):
         count: E.
         width: D.
         ffn_width: F.
-        names: the dense model's own names of gate, up and down (`gate_proj`, `c_fc`, ...), used on disk.
+        names: the dense model's own names of gate, up and down (`gate_proj`, `c_fc`, ...), used on disk; `gate_up` where the
+            two are one matrix there.
         transposed: the dense model stores its matrices [in, out].
 
     Raises:
@@ -45,6 +48,12 @@ class FFNExperts(Experts):
         self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.empty(count, rows)) if bias else None)
         self.register_parameter("down_proj_bias", nn.Parameter(torch.empty(count, width)) if bias else None)
 
+    @classmethod
+    def at(cls, place: Place, config: ExpertsConfig) -> Self:
+        place.require_ffn(config)
+        return cls(config.count, place.width, config.width, activation=config.activation, gated=config.gated, bias=config.bias,
+                   names=place.names, transposed=place.transposed)  # fmt: skip
+
     def weights(self) -> tuple[Tensor, Tensor]:
         """(up [E, 2F or F, D], down [E, D, F]) as they act: what a kind that stores them otherwise (ternary, packed) overrides."""
         up: Tensor = getattr(self, self.up_name)
@@ -62,8 +71,8 @@ class FFNExperts(Experts):
         )  # fmt: skip
 
     def stored(self) -> dict[str, Stored]:
-        inner = ("gate", "up") if self.gated else ("up",)
-        rows = (self.ffn_width,) * len(inner)
+        inner = ("gate_up",) if "gate_up" in self.names else ("gate", "up") if self.gated else ("up",)
+        rows = (getattr(self, self.up_name).shape[1] // len(inner),) * len(inner)
         found = {}
         for leaf, suffix in (("weight", ""), ("bias", "_bias")):
             for name, roles, sizes in ((self.up_name, inner, rows), ("down_proj", ("down",), (self.width,))):

@@ -57,15 +57,20 @@ def builtin(spec: str, option: str) -> list[Text]:
 
 
 def read_text(path: Path) -> str:
-    """A file as UTF-8, with a replacement character for what is not.
+    """A file as UTF-8.
 
     Raises:
-        BadInput: it cannot be read.
+        BadInput: it cannot be read, or is not UTF-8: letters that a guess would turn into others are not to be learnt.
     """
     try:
-        return path.read_text("utf-8", errors="replace")
+        return path.read_text("utf-8")
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path}: the byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8; "
+            "convert the file, for example with iconv -f latin1 -t utf-8"
+        ) from error
 
 
 def whole_file(path: Path, key: str) -> Text:

@@ -127,3 +127,11 @@ def test_a_directory_whose_name_looks_like_a_weight_is_that_directory(tmp_path):
     (tmp_path / "x=0.5" / "a.txt").write_text("odd")
     (pool,) = find_pools([str(tmp_path / "x=0.5")])
     assert [d.read() for d in pool.documents] == ["odd"] and pool.weight == 1
+
+
+def test_text_that_is_not_utf8_is_refused_with_the_place(tmp_path):
+    file = tmp_path / "old.txt"
+    file.write_bytes("Straße\n".encode() + "caf\xe9\n".encode("latin1"))
+    (document,) = find_documents([str(file)])
+    with pytest.raises(BadInput, match=r"old\.txt: the byte 0xe9 at offset 11 is not UTF-8"):
+        document.read()

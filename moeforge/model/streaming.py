@@ -1,4 +1,4 @@
-"""Run a causal language model with one decoder layer in memory at a time.
+"""Run a model with one layer in memory at a time.
 
 The model is the stock transformers class. Its forward runs twice: once with every decoder layer replaced by a recorder
 (so embeddings, masks, positions and multipliers are transformers' own), once with the layers replaced by what they were
@@ -19,7 +19,7 @@ the embedding and the head, plus the batches' hidden states, whatever the depth.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ import torch
 from torch import nn
 
 from ..checkpoint.base import Checkpoint
-from ..errors import BadInput
 from .build import build, decoder_layers, ffn_modules
 from .weights import WeightMap
 
@@ -36,17 +35,28 @@ from .weights import WeightMap
 class State:
     """One batch on its way through the layers."""
 
-    ids: torch.Tensor
-    """[B, T] int64 token ids, no padding."""
+    inputs: dict[str, torch.Tensor]
+    """What the model is given: `input_ids` [B, T] int64, for encoders with an `attention_mask`, or `pixel_values` [B, C, H, W]."""
     hidden: torch.Tensor
     """[B, T, D]: the input of layer `index`."""
-    calls: list[dict[str, Any]]
-    """Keyword arguments of each decoder layer (mask, positions), as the stock forward passes them."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    """Further arguments of each layer (mask, positions), as the stock forward passes them."""
     index: int = 0
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[B, T] int64 token ids."""
+        return self.inputs["input_ids"]
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """[B, T] bool: which tokens are no padding; None: all of them."""
+        mask = self.inputs.get("attention_mask")
+        return None if mask is None else mask.bool()
 
 
 class StreamedModel:
-    """A causal language model whose decoder layers come and go.
+    """A model whose layers come and go.
 
     Args:
         checkpoint: a Checkpoint; closed by its owner, not here.
@@ -74,6 +84,7 @@ class StreamedModel:
         self._own = list(self._layers)
         self._holding = False
         self._held: set[str] = set()
+        self._answers_tuples = False
         for buffer_name, buffer in self.module.named_buffers():
             owner = self.module.get_submodule(buffer_name.rpartition(".")[0])
             owner._buffers[buffer_name.rpartition(".")[2]] = buffer.to(self.device)
@@ -107,28 +118,30 @@ class StreamedModel:
             self._held.clear()
 
     @torch.no_grad()
-    def start(self, batches: Sequence[torch.Tensor]) -> list[State]:
-        """The states of some batches of token ids [B, T], ready for layer 0. Batches may differ in shape."""
+    def start(self, batches: Sequence[torch.Tensor | Mapping[str, torch.Tensor]]) -> list[State]:
+        """The states of some batches, of token ids [B, T] or of all that the model is given, ready for layer 0. Batches may differ
+        in shape."""
         states = []
-        for ids in batches:
-            calls: list[dict[str, Any]] = []
+        for batch in batches:
+            inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             first: list[torch.Tensor] = []
 
             def record(hidden: torch.Tensor, *args: Any, _calls=calls, _first=first, **kwargs: Any) -> torch.Tensor:
-                if args:
-                    raise BadInput(
-                        f"{self.checkpoint.ref}: {type(self.module).__name__} passes arguments to its layers by position, "
-                        "so it cannot be run layer by layer"
-                    )
                 _first.append(hidden)
-                _calls.append(kwargs)
-                return hidden
+                _calls.append((args, kwargs))
+                return _first[0]  # what is handed on may be its first row, where layers answer with a tuple
 
             with self._replaced(record):
                 # the base model stops before the head
-                self.module.base_model(input_ids=ids.to(self.device), use_cache=False)
-            states.append(State(ids, first[0], calls))
+                self.module.base_model(**self._arguments(inputs))
+            states.append(State(inputs, first[0], calls))
         return states
+
+    def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What the model is called with; models of pixels know no cache."""
+        cache = {} if "pixel_values" in inputs else {"use_cache": False}
+        return {name: value.to(self.device) for name, value in inputs.items()} | cache
 
     @contextlib.contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -143,7 +156,10 @@ class StreamedModel:
     @torch.no_grad()
     def advance(self, state: State, layer: nn.Module) -> None:
         """Run one batch through the layer that its hidden states have reached."""
-        state.hidden = _first(layer(state.hidden, **state.calls[state.index]))
+        args, kwargs = state.calls[state.index]
+        answer = layer(state.hidden, *args, **kwargs)
+        self._answers_tuples = isinstance(answer, tuple)
+        state.hidden = _first(answer)
         state.index += 1
 
     @torch.no_grad()
@@ -152,12 +168,26 @@ class StreamedModel:
         if state.index != self.depth:
             raise ValueError(f"state has been through {state.index} of {self.depth} layers")
         last = state.hidden[:, positions]
-        with self._replaced(lambda hidden, *args, **kwargs: last):
+        answer = (last,) if self._answers_tuples else last
+        with self._replaced(lambda hidden, *args, **kwargs: answer):
             # zeros in place of the embeddings, so that the table is not read again
             return self.module(inputs_embeds=torch.zeros_like(last), use_cache=False).logits
 
+    @torch.no_grad()
+    def outputs(self, state: State) -> torch.Tensor:
+        """What a model that is no language model makes of a state that has been through every layer: its head's logits, or the
+        hidden states [B, T, D] of one without a head."""
+        if state.index != self.depth:
+            raise ValueError(f"state has been through {state.index} of {self.depth} layers")
+        answer = (state.hidden,) if self._answers_tuples else state.hidden
+        with self._replaced(lambda hidden, *args, **kwargs: answer):
+            found = self.module(**self._arguments(state.inputs))
+        return next(value for name, value in found.items() if name.endswith("logits") or name == "last_hidden_state")
+
     def run(
-        self, batches: Sequence[torch.Tensor], on_layer: Callable[[int, nn.Module, list[State]], None] | None = None
+        self,
+        batches: Sequence[torch.Tensor | Mapping[str, torch.Tensor]],
+        on_layer: Callable[[int, nn.Module, list[State]], None] | None = None,
     ) -> list[State]:
         """All batches through all layers.
 
@@ -175,7 +205,7 @@ class StreamedModel:
         return states
 
     @contextlib.contextmanager
-    def _replaced(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
         """Every decoder layer computes `forward` meanwhile."""
         for layer in self._own:
             layer.forward = forward

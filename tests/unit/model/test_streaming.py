@@ -7,6 +7,7 @@ import torch
 from moeforge.checkpoint import open_checkpoint
 from moeforge.model.build import ffn_modules, is_sparse
 from moeforge.model.streaming import StreamedModel, ffn_calls, ffn_output
+from moeforge.testing.models import tiny_dense
 
 
 def batches(seed: int, *shapes) -> list[torch.Tensor]:
@@ -116,3 +117,19 @@ def test_bfloat16_weights_are_read_as_they_are(saved, tmp_path):
             wanted = rounded(ids).logits
         assert (streamed.logits(state) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
     assert np.isfinite(wanted.numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("gpt2", {}), ("gpt_neox", {}), ("phi", {}), ("falcon", {}), ("falcon", {"alibi": True, "parallel_attn": False})],
+)
+def test_layers_that_take_arguments_by_position_or_answer_with_tuples(family, config, tmp_path):
+    model, _ = tiny_dense(family, **config)
+    model.save_pretrained(tmp_path)
+    with open_checkpoint(str(tmp_path)) as checkpoint:
+        streamed = StreamedModel(checkpoint)
+        (state,) = streamed.run(batches(8, (2, 19)))
+        with torch.no_grad():
+            wanted = model(state.ids).logits
+        for rows in (slice(None), slice(3, 7)):
+            assert (streamed.logits(state, rows) - wanted[:, rows]).abs().max() <= 1e-6 * wanted.abs().max()

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
+from .cpu import why_not as _cpu_lacks
 from .library import why_not as _library_lacks
 
 OP = Op(
     "expert_ffn",
+    Backend("cpu", "expert_ffn.cpu:expert_ffn", _cpu_lacks),
     Backend("torch", "expert_ffn.library:expert_ffn", _library_lacks),
     Backend("reference", "expert_ffn.reference:expert_ffn", always),
 )

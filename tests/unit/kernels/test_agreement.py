@@ -10,7 +10,7 @@ HERE = [
     (variant, name)
     for variant, (op, _) in agreement.VARIANTS.items()
     for name in op.backends
-    if name != "triton"  # in a process of its own: test_triton.py
+    if name not in ("triton", "cpu")  # in files of their own: test_triton.py, test_cpu.py
 ]
 
 

@@ -1,0 +1,96 @@
+"""Calls of the compiled kernels: what they take, their memory, their arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+from . import build
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "identity")
+"""Canonical names, in the order of `enum Activation` in source/vectors.h."""
+DTYPES = (torch.float32, torch.bfloat16)
+
+_INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class Call(ctypes.Structure):
+    """`struct Call` of source/call.h, field by field."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("T", "P", "D", "F", "E", "activation", "gated", "threads")),
+        ("x", _POINTER), ("x_row", _INTEGER),
+        *((name, _POINTER) for name in ("token", "weight", "offsets")),
+        ("up", _POINTER), ("up_expert", _INTEGER), ("up_row", _INTEGER),
+        ("down", _POINTER), ("down_expert", _INTEGER), ("down_row", _INTEGER),
+        *((name, _POINTER) for name in ("up_bias", "down_bias", "hidden", "pairs", "out", "grad")),
+        ("grad_row", _INTEGER),
+        *((f"grad_{name}", _POINTER) for name in ("x", "up", "down", "up_bias", "down_bias", "weight")),
+    )  # fmt: skip
+
+
+@functools.cache
+def functions() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        build.CannotBuild: there is none.
+    """
+    try:
+        loaded = ctypes.CDLL(str(build.library()))
+    except OSError as error:
+        raise build.CannotBuild(f"the compiled kernels do not load: {error}") from error
+    loaded.moeforge_call_bytes.restype = loaded.moeforge_has_bf16.restype = _INTEGER
+    for entry in (loaded.moeforge_forward, loaded.moeforge_backward):
+        entry.argtypes, entry.restype = (ctypes.POINTER(Call), _INTEGER), _INTEGER
+    assert loaded.moeforge_call_bytes() == ctypes.sizeof(Call), "Call differs from source/call.h"
+    return loaded
+
+
+@torch.compiler.assume_constant_result  # of a plain function: torch.compile looks through a cache and traces what is below
+def lacks(bf16: bool) -> str | None:
+    """Why this machine cannot run the kernels in float32 or bfloat16, or None. Compiles them when first asked."""
+    return _lacks(bf16)
+
+
+@functools.cache
+def _lacks(bf16: bool) -> str | None:
+    try:
+        loaded = functions()
+    except build.CannotBuild as error:
+        return str(error)
+    if bf16 and not loaded.moeforge_has_bf16():
+        return "bfloat16 needs a processor, a compiler and a system that know AMX"
+    return None
+
+
+def run(name: str, call: Call, dtype: torch.dtype) -> None:
+    """Raises:
+    MemoryError: there was no room for scratch.
+    """
+    if getattr(functions(), f"moeforge_{name}")(ctypes.byref(call), int(dtype == torch.bfloat16)):
+        raise MemoryError(f"expert_ffn: no memory for the scratch of {call.P} pairs of width {call.D}")
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+LARGE = 8 << 20
+"""Bytes from which on zeros are pages that nobody has touched yet."""
+
+
+def zeros(like: Tensor) -> Tensor:
+    """Zeros of that shape and type, contiguous. Large ones are fresh pages of the system: what is never written (the gradients of experts
+    that nobody chose) costs neither time nor memory, and the rest comes in pages of 2 MB instead of 4 kB."""
+    size = math.prod(like.shape) * like.element_size()
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(like.shape, dtype=like.dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)

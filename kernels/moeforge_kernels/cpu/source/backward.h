@@ -1,0 +1,273 @@
+// The way back: gradients of tokens, weights, biases and of the pairs' weights.
+//
+// With dy = grad[token] and dh = D^T dy, the gradient of a pair's weight is <dh, h> (+ <dy, bias>), so neither an expert's
+// answer nor h is kept from the forward pass, only what stood before the activation; h is made again beside its gradient.
+#pragma once
+#include "call.h"
+
+namespace moeforge {
+
+template <class Engine>
+struct Backward {
+    using T = typename Engine::T;
+    static constexpr int width = Engine::panels * 16;
+    const Call& c;
+    int64_t up_rows, d_step, u_step, d_panels, f_panels, f_blocks;
+
+    // What a group keeps between its products, an array a segment [rows, ...]; `rows` is rounded up to 32 everywhere and
+    // filled with zeros, as rows are what the weights' gradients sum over.
+    struct Scratch {
+        T *grad, *grad_t;          // dy [rows, D], [D, rows]
+        float* x;                  // panels of x over rows: [D / 16][units][16]
+        T *before, *before_t;      // gradient before the activation [rows, 2F or F], [2F or F, rows]
+        float* h;                  // panels of weight * h: [F / 16][units][16]
+        float *gate, *parts;       // weight [rows], summands of its gradient [rows, 1 + blocks of F]
+    };
+
+    explicit Backward(const Call& call)
+        : c(call),
+          up_rows(c.gated ? 2 * c.F : c.F),
+          d_step(round_up(c.D, Engine::step)),
+          u_step(round_up(up_rows, Engine::step)),
+          d_panels(divide_up(c.D, 16)),
+          f_panels(divide_up(c.F, 16)),
+          f_blocks(divide_up(f_panels, Engine::panels)) {}
+
+    static int64_t rows32(const Segment& s) { return round_up(s.rows(), 32); }
+    static int64_t before_segment(const Segment& s) { return s.panel * 16; }  // first row; panels come in pairs
+
+    Scratch scratch(char* memory, int64_t rows, Layout& layout) const {
+        auto array = [&](int64_t elements, size_t size) { return memory + layout.add(elements * size); };
+        const int64_t d32 = round_up(c.D, 32), u32 = round_up(up_rows, 32);
+        Scratch s;
+        s.grad = (T*)array(rows * d_step, sizeof(T));
+        s.grad_t = (T*)array(rows * d32, sizeof(T));
+        s.x = (float*)array(rows * d_panels * 16, sizeof(T));
+        s.before = (T*)array(rows * u_step, sizeof(T));
+        s.before_t = (T*)array(rows * u32, sizeof(T));
+        s.h = (float*)array(rows * f_panels * 16, sizeof(T));
+        s.gate = (float*)array(rows, 4);
+        s.parts = (float*)array(rows * (1 + f_blocks), 4);
+        return s;
+    }
+    // The arrays of one segment: a row's share of each times the rows before it.
+    Scratch of(const Scratch& all, const Segment& s) const {
+        const int64_t row = before_segment(s), floats = row / Engine::per_unit;
+        return {all.grad + row * d_step, all.grad_t + row * round_up(c.D, 32), all.x + floats * d_panels * 16,
+                all.before + row * u_step, all.before_t + row * round_up(up_rows, 32), all.h + floats * f_panels * 16,
+                all.gate + row, all.parts + row * (1 + f_blocks)};
+    }
+
+    static vec masked(const T* from, bool real, __mmask16 columns) { return load(from, real ? columns : (__mmask16)0); }
+
+    // 16 rows x 16 columns as a place [units][16] of a panel
+    static void store_panel(float* to, const vec rows[16]) {
+        for (int i = 0; i < 16; i += Engine::per_unit) {
+            if constexpr (Engine::per_unit == 1) store(to + i * 16, rows[i]);
+            else _mm512_storeu_si512(to + i / 2 * 16, interleave(rows[i], rows[i + 1]));
+        }
+    }
+
+    // rows [m0, m0 + 16) of a segment: dy and x gathered, in both orders
+    void gather(const Segment& s, int64_t m0, const Scratch& k) const {
+        const int64_t rows = rows32(s), units = rows / Engine::per_unit;
+        const T* bias = c.down_bias ? (const T*)c.down_bias + s.expert * c.D : nullptr;
+        auto real = [&](int i) { return m0 + i < s.rows(); };
+        auto token = [&](int i) { return real(i) ? c.token[s.begin + m0 + i] : 0; };
+        float shift[16] = {};
+        for (int64_t d = 0; d < d_step; d += 16) {
+            const __mmask16 columns = first(c.D - d), room = first(d_step - d);
+            alignas(64) float lines[16 * 16];
+            vec x[16];
+            for (int i = 0; i < 16; ++i) {
+                vec g = masked((const T*)c.grad + token(i) * c.grad_row + d, real(i), columns);
+                store(k.grad + (m0 + i) * d_step + d, g, room);
+                store(lines + i * 16, g);
+                x[i] = masked((const T*)c.x + token(i) * c.x_row + d, real(i), columns);
+                if (bias) shift[i] += _mm512_reduce_add_ps(_mm512_mul_ps(g, load(bias + d, columns)));
+            }
+            if (d >= c.D) continue;
+            store_columns(k.grad_t + d * rows + m0, rows, lines, 16, 16, 16);
+            store_panel(k.x + d / 16 * units * 16 + m0 / Engine::per_unit * 16, x);
+        }
+        for (int i = 0; i < 16; ++i) {
+            k.gate[m0 + i] = real(i) ? c.weight[s.begin + m0 + i] : 0;
+            k.parts[(m0 + i) * (1 + f_blocks)] = shift[i];
+            for (int64_t u = up_rows; u < u_step; ++u) k.before[(m0 + i) * u_step + u] = T{};
+        }
+    }
+
+    // columns [n0, n0 + 16 v) of weights [K, N] as panels
+    static void pack_columns(const T* w, int64_t row, int64_t K, int64_t k_step, int64_t N, int64_t n0, int v, float* to) {
+        const int64_t units = k_step / Engine::per_unit;
+        for (int64_t u = 0; u < units; ++u)
+            for (int i = 0; i < v; ++i) {
+                const __mmask16 columns = first(N - n0 - 16 * i);
+                const T* from = w + u * Engine::per_unit * row + n0 + 16 * i;
+                float* at = to + (i * units + u) * 16;
+                if constexpr (Engine::per_unit == 1) store(at, load(from, columns));
+                else _mm512_storeu_si512(at, interleave(masked(from, 2 * u < K, columns), masked(from + row, 2 * u + 1 < K, columns)));
+            }
+    }
+
+    // act'(gate), h and their kin for 16 rows and 16 neurons: `tile` holds dh
+    void before_tile(const Segment& s, int64_t m0, int64_t f, const float* tile, const Scratch& k, vec parts[16]) const {
+        const int64_t rows = rows32(s), units = rows / Engine::per_unit;
+        const __mmask16 columns = first(c.F - f);
+        alignas(64) float gate[256], up[256];
+        vec h[16];
+        for (int i = 0; i < 16; ++i) {
+            const bool real = m0 + i < s.rows();
+            const T* saved = (const T*)c.hidden + (s.begin + m0 + (real ? i : 0)) * up_rows + f;
+            vec dh = _mm512_maskz_mov_ps(columns, load(tile + i * width)), slope;
+            vec act = activate(c.activation, masked(saved, real, columns), &slope);
+            vec value = c.gated ? masked(saved + c.F, real, columns) : set(1);
+            vec answer = _mm512_mul_ps(act, value), weight = set(k.gate[m0 + i]), weighted = _mm512_mul_ps(weight, dh);
+            if (real) parts[i] = _mm512_fmadd_ps(dh, answer, parts[i]);
+            h[i] = _mm512_maskz_mul_ps(real ? columns : (__mmask16)0, weight, answer);
+            vec to_gate = real ? _mm512_mul_ps(_mm512_mul_ps(weighted, value), slope) : set(0);
+            vec to_up = real ? _mm512_mul_ps(weighted, act) : set(0);
+            T* to = k.before + (m0 + i) * u_step + f;
+            store(to, to_gate, columns);
+            store(gate + i * 16, to_gate);
+            if (c.gated) {
+                store(to + c.F, to_up, columns);
+                store(up + i * 16, to_up);
+            }
+        }
+        store_panel(k.h + f / 16 * units * 16 + m0 / Engine::per_unit * 16, h);
+        store_columns(k.before_t + f * rows + m0, rows, gate, 16, c.F - f, 16);
+        if (c.gated) store_columns(k.before_t + (c.F + f) * rows + m0, rows, up, 16, c.F - f, 16);
+    }
+
+    // tile by tile of A[rows of the segment, K] times columns of weights [K, N]
+    template <class Use>
+    void times_columns(const Segment& s, const T* a, int64_t k_step, const float* packed, int v, const Use& use) const {
+        alignas(64) float tile[32 * width];
+        for (int64_t m0 = 0; m0 < s.rows(); m0 += 32) {
+            const int64_t left = s.rows() - m0;
+            const int half = std::min<int64_t>(16, round_up(divide_up(left, 2), Engine::half_step));
+            const int stride = left > 16 || Engine::half_step == 16 ? 16 : half;  // of the second half, in rows
+            Engine::product(a + m0 * k_step, a + (m0 + stride) * k_step, k_step, k_step, packed, k_step / Engine::per_unit * 16, v, tile, stride == 16 ? 16 : half);
+            if (stride < 16) std::memmove(tile + stride * width, tile + 16 * width, half * width * 4);
+            use(m0, tile);
+        }
+    }
+
+    void hidden(const Segment& s, int64_t block, float* packed, const Scratch& k) const {
+        const int64_t f0 = block * width;
+        const int v = std::min<int64_t>(Engine::panels, f_panels - block * Engine::panels);
+        pack_columns((const T*)c.down + s.expert * c.down_expert, c.down_row, c.D, d_step, c.F, f0, v, packed);
+        times_columns(s, k.grad, d_step, packed, v, [&](int64_t m0, const float* tile) {
+            for (int64_t m = m0; m < std::min(m0 + 32, rows32(s)); m += 16) {
+                vec parts[16] = {};
+                for (int i = 0; i < v; ++i) before_tile(s, m, f0 + 16 * i, tile + (m - m0) * width + 16 * i, k, parts);
+                for (int i = 0; i < 16; ++i) k.parts[(m + i) * (1 + f_blocks) + 1 + block] = _mm512_reduce_add_ps(parts[i]);
+            }
+        });
+    }
+
+    void tokens(const Segment& s, int64_t block, float* packed, const Scratch& k) const {
+        const int64_t d0 = block * width;
+        const int v = std::min<int64_t>(Engine::panels, d_panels - block * Engine::panels);
+        pack_columns((const T*)c.up + s.expert * c.up_expert, c.up_row, up_rows, u_step, c.D, d0, v, packed);
+        times_columns(s, k.before, u_step, packed, v, [&](int64_t m0, const float* tile) {
+            for (int64_t m = m0; m < std::min(m0 + 32, s.rows()); ++m)
+                for (int i = 0; i < v; ++i)
+                    store((T*)c.pairs + (s.begin + m) * c.D + d0 + 16 * i, load(tile + (m - m0) * width + 16 * i), first(c.D - d0 - 16 * i));
+        });
+    }
+
+    // 32 rows of a weight's gradient [N, columns]: a [N, rows] times panels over rows
+    void weights(const Segment& s, const T* a, int64_t n0, int64_t N, const float* panels, int64_t columns, T* to) const {
+        const int64_t rows = rows32(s), units = rows / Engine::per_unit, sum = round_up(s.rows(), Engine::step);
+        const int half = 16;
+        alignas(64) float tile[32 * width];
+        for (int64_t p = 0; p < divide_up(columns, 16); p += Engine::panels) {
+            const int v = std::min<int64_t>(Engine::panels, divide_up(columns, 16) - p);
+            Engine::product(a + n0 * rows, a + (n0 + 16) * rows, rows, sum, panels + p * units * 16, units * 16, v, tile, half);
+            for (int64_t n = n0; n < std::min(n0 + 32, N); ++n)
+                for (int i = 0; i < v; ++i)
+                    store(to + n * columns + (p + i) * 16, load(tile + (n - n0) * width + 16 * i), first(columns - (p + i) * 16));
+        }
+    }
+
+    // sum over rows of a [N, rows], each times its weight where given
+    void bias(const Segment& s, const T* a, int64_t n0, int64_t N, const float* weight, T* to) const {
+        const int64_t rows = rows32(s);
+        for (int64_t n = n0; n < std::min(n0 + 32, N); ++n) {
+            vec sum = set(0);
+            for (int64_t m = 0; m < rows; m += 16) sum = _mm512_fmadd_ps(load(a + n * rows + m), weight ? load(weight + m) : set(1), sum);
+            alignas(64) float one[16];
+            store(one, set(_mm512_reduce_add_ps(sum)));
+            store(to + n, load(one), 1);
+        }
+    }
+
+    void run() const {
+        std::vector<Group> groups = cut(c, 512, true);
+        int64_t rows = 0;
+        for (Group& g : groups) {  // panels come in pairs here
+            g.panels = 0;
+            for (Segment& s : g.segments) s.panel = g.panels, g.panels += rows32(s) / 16;
+            rows = std::max(rows, g.panels * 16);
+        }
+        Layout layout;
+        scratch(nullptr, rows, layout);
+        const int64_t packed_floats = round_up(std::max(d_step, u_step) / Engine::per_unit * width, 16);
+        const size_t packed_at = layout.add(c.threads * packed_floats * 4);
+        char* memory = arena.need(layout.size());
+        Layout again;
+        const Scratch all = scratch(memory, rows, again);
+        std::vector<int64_t> start, place;
+        by_token(c, start, place);
+        const int64_t d_blocks = divide_up(d_panels, Engine::panels), up_blocks = divide_up(up_rows, 32), down_blocks = divide_up(c.D, 32);
+
+#pragma omp parallel num_threads(c.threads)
+        {
+            Engine::enter();
+            float* packed = (float*)(memory + packed_at) + omp_get_thread_num() * packed_floats;
+            for (const Group& g : groups) {
+                const int64_t segments = g.segments.size();
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t at = 0; at < g.panels; ++at) {
+                    auto s = std::upper_bound(g.segments.begin(), g.segments.end(), at, [](int64_t p, const Segment& q) { return p < q.panel; }) - 1;
+                    gather(*s, (at - s->panel) * 16, of(all, *s));
+                }
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t i = 0; i < segments * f_blocks; ++i) {
+                    const Segment& s = g.segments[i / f_blocks];
+                    hidden(s, i % f_blocks, packed, of(all, s));
+                }
+                // the rest in one sweep: nothing in it waits for anything else in it
+                const int64_t each = d_blocks + up_blocks + down_blocks + 1;
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t i = 0; i < segments * each; ++i) {
+                    const Segment& s = g.segments[i / each];
+                    const Scratch k = of(all, s);
+                    int64_t job = i % each;
+                    if (job < d_blocks) {
+                        if (c.grad_x) tokens(s, job, packed, k);
+                    } else if ((job -= d_blocks) < up_blocks) {
+                        if (c.grad_up) weights(s, k.before_t, job * 32, up_rows, k.x, c.D, (T*)c.grad_up + s.expert * up_rows * c.D);
+                        if (c.grad_up_bias) bias(s, k.before_t, job * 32, up_rows, nullptr, (T*)c.grad_up_bias + s.expert * up_rows);
+                    } else if ((job -= up_blocks) < down_blocks) {
+                        if (c.grad_down) weights(s, k.grad_t, job * 32, c.D, k.h, c.F, (T*)c.grad_down + s.expert * c.D * c.F);
+                        if (c.grad_down_bias) bias(s, k.grad_t, job * 32, c.D, k.gate, (T*)c.grad_down_bias + s.expert * c.D);
+                    } else if (c.grad_weight) {
+                        for (int64_t m = 0; m < s.rows(); ++m) {
+                            const float* parts = k.parts + m * (1 + f_blocks);
+                            float sum = 0;
+                            for (int64_t b = 0; b <= f_blocks; ++b) sum += parts[b];
+                            c.grad_weight[s.begin + m] = sum;
+                        }
+                    }
+                }
+            }
+            if (c.grad_x) sum_pairs((const T*)c.pairs, start.data(), place.data(), c.T, c.D, (T*)c.grad_x);
+            Engine::leave();
+        }
+    }
+};
+
+}  // namespace moeforge

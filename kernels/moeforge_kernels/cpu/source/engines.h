@@ -1,0 +1,109 @@
+// One product of tiles, in float32 registers (AVX-512) or in AMX tiles (bf16).
+//
+// C[32][16 v] = A[32][K] B[K][16 v]: A is two halves of 16 rows that lie in memory K-contiguous (weights as they are), B is v
+// panels [units][16] of 32-bit units: one float, or the pair of bf16 that stand one behind the other along K. `half` rows of
+// each half are wanted, a multiple of `half_step`; the others are left as they were, or hold anything.
+#pragma once
+#include "vectors.h"
+
+namespace moeforge {
+
+struct Float32 {
+    using T = float;
+    static constexpr int panels = 3;        // at a time
+    static constexpr int per_unit = 1;      // elements of K
+    static constexpr int step = 1;          // K is a multiple of it in what `product` gets
+    static constexpr int half_step = 4;
+    static void enter() {}
+    static void leave() {}
+
+    template <int HALF, int V>
+    static void rows(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, float* c0, float* c1) {
+        vec low[HALF][V], high[HALF][V];
+        for (int i = 0; i < HALF; ++i)
+            for (int v = 0; v < V; ++v) low[i][v] = high[i][v] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < K; ++k) {
+            vec column[V];
+            for (int v = 0; v < V; ++v) column[v] = _mm512_loadu_ps(b + v * panel + k * 16);
+            for (int i = 0; i < HALF; ++i) {
+                vec p = set(a0[i * lda + k]), q = set(a1[i * lda + k]);
+                for (int v = 0; v < V; ++v) {
+                    low[i][v] = _mm512_fmadd_ps(p, column[v], low[i][v]);
+                    high[i][v] = _mm512_fmadd_ps(q, column[v], high[i][v]);
+                }
+            }
+        }
+        for (int i = 0; i < HALF; ++i)
+            for (int v = 0; v < V; ++v) {
+                store(c0 + (i * panels + v) * 16, low[i][v]);
+                store(c1 + (i * panels + v) * 16, high[i][v]);
+            }
+    }
+
+    static void product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int half = 16) {
+        constexpr int width = panels * 16;
+        if (v == 1 && half % 8 == 0) {
+            for (int i = 0; i < half; i += 8) rows<8, 1>(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
+        } else {
+            auto run = v == 1 ? rows<4, 1> : v == 2 ? rows<4, 2> : rows<4, 3>;
+            for (int i = 0; i < half; i += 4)
+                run(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
+        }
+    }
+};
+
+#ifdef __AMX_BF16__
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+struct BFloat16 {
+    using T = bf16;
+    static constexpr int panels = 2;
+    static constexpr int per_unit = 2;
+    static constexpr int step = 32;
+    static constexpr int half_step = 16;
+    static void enter() {
+        TileShapes shapes;
+        for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = 16;
+        _tile_loadconfig(&shapes);
+    }
+    static void leave() { _tile_release(); }
+
+    static void product(const bf16* a0, const bf16* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int = 16) {
+        constexpr int width = panels * 16;
+        _tile_zero(0);
+        _tile_zero(1);
+        if (v == 1) {
+            for (int64_t k = 0; k < K; k += 32) {
+                _tile_loadd(6, b + k * 8, 64);
+                _tile_loadd(4, a0 + k, lda * 2);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(5, a1 + k, lda * 2);
+                _tile_dpbf16ps(1, 5, 6);
+            }
+        } else {
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t k = 0; k < K; k += 32) {
+                _tile_loadd(6, b + k * 8, 64);
+                _tile_loadd(7, b + panel + k * 8, 64);
+                _tile_loadd(4, a0 + k, lda * 2);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_loadd(5, a1 + k, lda * 2);
+                _tile_dpbf16ps(1, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(2, c + 16, width * 4);
+            _tile_stored(3, c + 16 * width + 16, width * 4);
+        }
+        _tile_stored(0, c, width * 4);
+        _tile_stored(1, c + 16 * width, width * 4);
+    }
+};
+#endif
+
+}  // namespace moeforge

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 KINDS = {
     "ffn": "moeforge.mixture.experts.ffn:FFNExperts",
+    "delta": "moeforge.mixture.experts.delta:DeltaExperts",
 }
 """ExpertsConfig.type -> "module:class"."""

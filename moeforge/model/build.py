@@ -4,46 +4,88 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoint.anatomy import TOP_K, plain_config
+from ..checkpoint.architectures import EXPERT_COUNTS
 from ..errors import BadInput, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+CAUSAL = "AutoModelForCausalLM"
+HEADS = {
+    CAUSAL: "a causal language model",
+    "AutoModelForImageTextToText": "a language model that sees",
+    "AutoModelForMaskedLM": "a masked language model",
+    "AutoModelForSequenceClassification": "a classifier of texts",
+    "AutoModelForTokenClassification": "a classifier of tokens",
+    "AutoModelForQuestionAnswering": "a model that answers with spans",
+    "AutoModelForImageClassification": "a classifier of images",
+    "AutoModelForMaskedImageModeling": "a model that fills in images",
+    "AutoModel": "a model without a head",
+}
+"""transformers' Auto classes that are looked through for the class of a checkpoint, and what they build."""
+
 
 def build(
     config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> PreTrainedModel:
-    """The causal language model that `config` describes: parameters on the meta device, buffers real, eval mode.
+    """The model that `config` describes: parameters on the meta device, buffers real, eval mode.
 
-    Only classes registered with transformers are used, never code that a checkpoint brings along.
+    It is of the class that `architectures` names, where that is one of those of :data:`HEADS`, else a causal language model. Only
+    classes registered with transformers are used, never code that a checkpoint brings along.
 
     Args:
         dtype: floating-point type of the parameters.
         attention: transformers' name of the attention function (`sdpa`, `eager`, ...); default: its own choice.
 
     Raises:
-        BadInput: transformers has no causal language model for this config, or refuses its values.
+        BadInput: transformers has no such model for this config, or refuses its values.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.initialization import no_init_weights
 
     parsed = parse_config(config)
+    head = head_of(parsed, config.get("architectures") or ())
+    _check_top_k(config)
     with _parameters_on_meta(), no_init_weights():
         try:
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
+            model = getattr(transformers, head).from_config(parsed, dtype=dtype, attn_implementation=attention)
             model.tie_weights()  # part of the initialisation that is skipped here
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise BadInput(
-                f"config.json of type {config.get('model_type')!r} does not build a causal language model: {one_line(error)}"
+                f"config.json of type {config.get('model_type')!r} does not build {HEADS[head]}: {one_line(error)}"
             ) from error
     return model.eval()
+
+
+def head_of(config: PreTrainedConfig, named: Sequence[str]) -> str:
+    """The name of the Auto class that builds one of the named classes; that of causal language models where none does.
+
+    A decoder's bare body counts as none: nothing here runs one, and its head is missed by name.
+    """
+    import transformers
+
+    for name in named:
+        for head in HEADS:
+            known = getattr(transformers, head)._model_mapping.get(type(config), ())
+            if any(kind.__name__ == name for kind in (known if isinstance(known, tuple) else (known,))):
+                return CAUSAL if head == "AutoModel" and _is_decoder(config) else head
+    return CAUSAL
+
+
+def _is_decoder(config: PreTrainedConfig) -> bool:
+    import transformers
+
+    base = type(getattr(config, "base_config", config))
+    masked = transformers.AutoModelForMaskedLM._model_mapping
+    return base in transformers.AutoModelForCausalLM._model_mapping and base not in masked
 
 
 def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -54,6 +96,9 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """
     import transformers
 
+    from ..auto import register
+
+    register()
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise BadInput(
@@ -62,8 +107,27 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         )
     try:
         return transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
+    except BadInput:
+        raise
     except Exception as error:  # strict config classes raise their own types, none of them public
         raise BadInput(f"config.json of type {kind!r} is refused by transformers: {one_line(error)}") from error
+
+
+def _check_top_k(config: Mapping[str, Any]) -> None:
+    """A router that is to choose more experts than there are fails only when it runs.
+
+    Raises:
+        BadInput: names both keys.
+    """
+    settings = plain_config(config)
+    counts = {key: settings[key] for key in EXPERT_COUNTS if isinstance(settings.get(key), int)}
+    active = {key: settings[key] for key in TOP_K if isinstance(settings.get(key), int)}
+    for key, experts in counts.items():
+        for name, top_k in active.items():
+            if experts > 1 and top_k > experts:
+                raise BadInput(
+                    f"config.json: {name} = {top_k} is more than {key} = {experts}; correct whichever is wrong"
+                )
 
 
 @contextlib.contextmanager

@@ -158,3 +158,13 @@ def test_compressed_checkpoints_go_to_their_method(saved, tmp_path, monkeypatch)
     monkeypatch.setattr(registry.Entry, "load", lambda self: Spy)
     assert load(ref, dtype="bfloat16") == "a model"
     assert called["dtype"] == "bfloat16" and called["ref"] == ref
+
+
+def test_more_active_experts_than_there_are_is_refused_by_both_keys(saved, tmp_path):
+    _, directory = saved("mixtral")
+    shutil.copytree(directory, tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text())
+    config["num_experts_per_tok"] = config["num_local_experts"] + 1
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"num_experts_per_tok = \d+ is more than num_local_experts = \d+"):
+        load(str(tmp_path / "wrong"))

@@ -6,8 +6,8 @@ backend asked for by name that cannot is an error: nothing falls back in silence
 
 from __future__ import annotations
 
-import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,10 +33,15 @@ class Backend:
     target: str
     why_not: Callable[..., str | None]
 
-    @functools.cached_property
+    @property
     def function(self) -> Callable[..., Any]:
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        return _resolve(self.target)
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not trace an import
+def _resolve(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
 class Op:
@@ -67,12 +72,12 @@ def always(*_: Any, **__: Any) -> None:
     """`why_not` of a backend that takes everything."""
 
 
-@functools.cache
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def triton_is_usable(device_type: str) -> str | None:
     """Why Triton cannot run on a device, or None: it needs a GPU, or its interpreter (`TRITON_INTERPRET=1`) on a CPU."""
-    try:
-        importlib.import_module("triton")
-    except ImportError:
+    if not HAS_TRITON:
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type == "cuda" and not torch.cuda.is_available():
@@ -80,3 +85,17 @@ def triton_is_usable(device_type: str) -> str | None:
     if device_type == "cpu" and not interpreted:
         return "Triton runs on a CPU only under its interpreter (TRITON_INTERPRET=1)"
     return None if device_type in ("cuda", "xpu", "cpu") else f"Triton does not run on {device_type}"
+
+
+def triton_lacks(*tensors: torch.Tensor | None) -> str | None:
+    """Why the Triton backends cannot take these tensors (the first one's type rules), or None."""
+    first = tensors[0]
+    assert first is not None
+    if (reason := triton_is_usable(first.device.type)) is not None:
+        return reason
+    if first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels compute in float32, bfloat16 and float16, not {first.dtype}"
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != first.dtype:
+            return f"the tensors differ in type: {first.dtype} and {tensor.dtype}"
+    return None

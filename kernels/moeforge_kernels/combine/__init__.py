@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Backend, Op, always
+from ..dispatch import Backend, Op, always, triton_lacks
 from ..pairs import Pairs
+
+
+def _triton_lacks(y: Tensor, pairs: Pairs) -> str | None:
+    return triton_lacks(y)
+
 
 OP = Op(
     "combine",
+    Backend("triton", "combine.triton:combine", _triton_lacks),
     Backend("torch", "combine.library:combine", always),
     Backend("reference", "combine.reference:combine", always),
 )

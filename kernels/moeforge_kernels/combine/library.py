@@ -57,7 +57,7 @@ def sum_rows(rows: Tensor, pairs: Pairs, weight: Tensor | None) -> Tensor:
     if weight is not None:
         ordered = ordered * weight.to(wide)[pairs.by_token].unsqueeze(-1)
     if pairs.slots is not None:
-        return ordered.view(pairs.tokens, pairs.slots, -1).sum(1, dtype=wide).to(rows.dtype)
+        return ordered.view(pairs.tokens, pairs.slots, rows.shape[1]).sum(1, dtype=wide).to(rows.dtype)
     return torch.segment_reduce(ordered.to(wide), "sum", lengths=pairs.lengths(), axis=0, unsafe=True).to(rows.dtype)
 
 

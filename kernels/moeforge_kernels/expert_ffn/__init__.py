@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Backend, Op, always
+from ..dispatch import Backend, Op, always, triton_lacks
 from ..pairs import Pairs
 from .cpu import why_not as _cpu_lacks
 from .library import why_not as _library_lacks
 
+
+def _triton_lacks(
+    x: Tensor, pairs: Pairs, up: Tensor, down: Tensor, *, up_bias: Tensor | None, down_bias: Tensor | None, **_: object
+) -> str | None:
+    return triton_lacks(x, up, down, up_bias, down_bias)
+
+
 OP = Op(
     "expert_ffn",
+    Backend("triton", "expert_ffn.triton:expert_ffn", _triton_lacks),
     Backend("cpu", "expert_ffn.cpu:expert_ffn", _cpu_lacks),
     Backend("torch", "expert_ffn.library:expert_ffn", _library_lacks),
     Backend("reference", "expert_ffn.reference:expert_ffn", always),

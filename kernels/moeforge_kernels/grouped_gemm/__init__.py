@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Backend, Op, always
+from ..dispatch import Backend, Op, always, triton_lacks
 from ..pairs import Pairs
 from .library import why_not as _library_lacks
 
+
+def _triton_lacks(
+    x: Tensor, weight: Tensor, pairs: Pairs, *, bias: Tensor | None = None, gather: bool = True
+) -> str | None:
+    return triton_lacks(x, weight, bias)
+
+
 OP = Op(
     "grouped_gemm",
+    Backend("triton", "grouped_gemm.triton:grouped_gemm", _triton_lacks),
     Backend("torch", "grouped_gemm.library:grouped_gemm", _library_lacks),
     Backend("reference", "grouped_gemm.reference:grouped_gemm", always),
 )

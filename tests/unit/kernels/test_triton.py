@@ -1,0 +1,65 @@
+"""The Triton backends under Triton's interpreter, in a process of their own: it is chosen when the kernels are first imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+OPS = [word for op in ("grouped_gemm", "combine", "expert_ffn", "expert_gemv") for word in ("--op", op)]
+SCRIPT = ROOT / "tests/benchmarks/kernels/agreement.py"
+
+pytest.importorskip("triton")
+
+
+def agreement(*arguments):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    command = [sys.executable, str(SCRIPT), "--backend", "triton", "--json", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode in (0, 1), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_kernels_agree_with_the_reference_in_float32():
+    found = agreement("--dtype", "float32", *OPS)
+    assert {row["op"].split(",")[0] for row in found if "error" in row} == {
+        "grouped_gemm",
+        "combine",
+        "expert_ffn",
+        "expert_gemv",
+    }
+    assert [row for row in found if not row.get("fits") and "refused" not in row] == []
+    assert {row["op"].split(",")[0] for row in found if "refused" in row} == {"expert_gemv"}
+
+
+@pytest.mark.slow
+def test_every_activation_and_its_slope():
+    found = agreement("--dtype", "float32", "--op", "activation", "--case", "a token an expert")
+    assert len(found) >= 9 and [row for row in found if not row.get("fits")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_kernels_agree_with_the_reference_in_16_bits(dtype):
+    found = agreement(
+        "--dtype", dtype, *OPS, "--case", "one expert of seven", "--case", "experts choose", "--case", "views"
+    )
+    assert len(found) >= 15
+    assert [row for row in found if not row.get("fits") and "refused" not in row] == []
+
+
+def test_without_a_gpu_or_the_interpreter_triton_says_so():
+    import torch
+
+    from moeforge_kernels.combine import combine
+    from moeforge_kernels.pairs import pairs_from_slots
+
+    pairs = pairs_from_slots(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), 1)
+    with pytest.raises(
+        ValueError, match="backend 'triton' cannot run this: Triton runs on a CPU only under its interpreter"
+    ):
+        combine(torch.randn(2, 4), pairs, backend="triton")

@@ -1,8 +1,8 @@
 """Names to objects, without importing anything until it is used.
 
 Two sources, one resolver: `builtins.toml` beside this file (our own plugins, so that a bare checkout works) and the
-entry points of installed distributions. Groups are `moeforge.verbs`, `moeforge.<verb>` (its methods),
-`moeforge.architectures` (ours are the files beside that module), `moeforge.upcycle_pairs` and `moeforge.upcycle_targets`. The
+entry points of installed distributions. Groups are `moeforge.verbs`, `moeforge.<verb>` (its methods), `moeforge.mixtures` (types of
+experts: subclasses of moeforge.mixture.experts.base.Experts), `moeforge.architectures` (ours are the files beside that module), `moeforge.upcycle_pairs` and `moeforge.upcycle_targets`. The
 environment variable MOEFORGE_PLUGINS limits third parties: unset, all load; empty, none; else a comma-separated list of
 distribution names.
 """
@@ -25,6 +25,7 @@ API_VERSION = 1
 OURS = "moeforge"
 VERBS = "moeforge.verbs"
 ARCHITECTURES = "moeforge.architectures"
+MIXTURES = "moeforge.mixtures"
 SUMMARIES = "summaries"
 """Table of `builtins.toml`: `moeforge --help` must not import every verb for its one line."""
 DESCRIPTIONS = frozenset({ARCHITECTURES, "moeforge.upcycle_pairs", "moeforge.upcycle_targets"})
@@ -97,6 +98,9 @@ def _flaw(group: str, loaded: Any) -> str:
         return f"a description is a dict or the path of a JSON file, not {loaded!r}"
     if not isinstance(loaded, type):
         return f"{loaded!r} is no class"
+    if group == MIXTURES:
+        lacks = [name for name in ("at", "stored", "reset_parameters", "forward") if not hasattr(loaded, name)]
+        return f"{loaded.__name__} is no kind of experts, it has no {lacks[0]}" if lacks else ""
     wanted: dict[str, Any] = {"name": str, "summary": str, "Options": type}
     if group == VERBS and hasattr(loaded, "run"):
         wanted |= {"consumes": frozenset, "produces": str, "output": str, "default_method": str | None, "plan": object}

@@ -83,9 +83,8 @@ def head_of(config: PreTrainedConfig, named: Sequence[str]) -> str:
 def _is_decoder(config: PreTrainedConfig) -> bool:
     import transformers
 
-    base = type(getattr(config, "base_config", config))
-    masked = transformers.AutoModelForMaskedLM._model_mapping
-    return base in transformers.AutoModelForCausalLM._model_mapping and base not in masked
+    causal, masked = (getattr(transformers, head)._model_mapping for head in (CAUSAL, "AutoModelForMaskedLM"))
+    return type(config) in causal and type(config) not in masked
 
 
 def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -96,9 +95,6 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """
     import transformers
 
-    from ..auto import register
-
-    register()
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise BadInput(

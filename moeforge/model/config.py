@@ -112,3 +112,8 @@ class MoeforgeConfig(PreTrainedConfig):
             super().__setattr__(key, value)
         else:
             setattr(base, key, value)
+
+
+def register() -> None:
+    """Make transformers' AutoConfig read `config.json` of type `moeforge`."""
+    AutoConfig.register(MODEL_TYPE, MoeforgeConfig, exist_ok=True)

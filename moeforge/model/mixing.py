@@ -24,7 +24,6 @@ from .sites import FFN, Site, find_sites
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GROUP = "moeforge.mixtures"
 LABELS = "mixture_labels"
 """The keyword argument of a model with mixtures that says what every token is about: [B, T] integers."""
 
@@ -37,7 +36,7 @@ def experts_class(kind: str) -> type[Experts]:
     """
     if kind in KINDS:
         return registry.load_object(KINDS[kind])
-    return registry.find(GROUP, kind, "type of experts").load()
+    return registry.find(registry.MIXTURES, kind, "type of experts").load()
 
 
 def find_all(model: PreTrainedModel, entries: Sequence[MixtureConfig]) -> list[tuple[MixtureConfig, Site]]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..errors import BadInput
 from ..mixture.config import MixtureConfig
-from .config import MODEL_TYPE, MoeforgeConfig
+from .config import MoeforgeConfig
 from .layout import weight_rules
 from .mixing import complete, find_all, install
 
@@ -236,7 +236,6 @@ def _of_a_mixture(model: Any, name: str) -> bool:
 
 
 def register() -> None:
-    """Make transformers' Auto classes know checkpoints of type `moeforge`."""
-    transformers.AutoConfig.register(MODEL_TYPE, MoeforgeConfig, exist_ok=True)
+    """Make transformers' Auto classes build models of a MoeforgeConfig."""
     for head in HEADS:
         getattr(transformers, head.auto).register(MoeforgeConfig, head, exist_ok=True)

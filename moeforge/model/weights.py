@@ -94,10 +94,11 @@ class WeightMap:
         self._check()
 
     def _match(self) -> list[_Group]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, rename_source_key
 
-        rules = get_model_conversion_mapping(self.model)
+        from .layout import weight_rules
+
+        rules = weight_rules(self.model)
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -159,14 +160,17 @@ class WeightMap:
         elif _stacks(group.converter):
             columns = self._columns(group)
             counts = {len(names) for names in columns}
-            rows = sum(shapes[names[0]][0] for names in columns)
+            turned = _transposes(group.converter)
+            rows, *rest = zip(
+                *(shapes[names[0]][::-1] if turned else shapes[names[0]] for names in columns), strict=True
+            )
             uniform = all(
                 shapes[name] == shapes[names[0]] and _expert(name) == index
                 for names in columns
                 for index, name in enumerate(names)
             )
             name = columns[0][0]
-            found = (counts.pop() if len(counts) == 1 and uniform else -1, rows, *shapes[name][1:])
+            found = (counts.pop() if len(counts) == 1 and uniform else -1, sum(rows), *(sizes[0] for sizes in rest))
         else:
             return  # an unusual rule: transformers' own code checks it when it runs
         if found != wanted:
@@ -240,10 +244,12 @@ class WeightMap:
             target = group.targets[0]
             out = torch.empty(tuple(self._wanted[target].shape), dtype=dtype, device=device)
             start = 0
+            turned = _transposes(group.converter)
             for names in self._columns(group):
-                rows = self.checkpoint.tensors[names[0]].shape[0]
+                rows = self.checkpoint.tensors[names[0]].shape[-1 if turned else 0]
                 for expert, name in enumerate(names):
-                    out[expert, start : start + rows].copy_(to_torch(self.checkpoint.read(name)))
+                    value = to_torch(self.checkpoint.read(name))
+                    out[expert, start : start + rows].copy_(value.T if turned else value)
                 start += rows
             return {target: out}
         rule = copy.deepcopy(group.converter)
@@ -303,12 +309,21 @@ class WeightMap:
 
 
 def _stacks(converter: Any) -> bool:
-    """Whether a rule is the common one: stack the experts, then join gate and up rows."""
+    """Whether a rule is the common one: stack the experts, then join gate and up rows; columns, where matrices lie transposed."""
     names = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    joined = ("Concatenate", 1)
+    if _transposes(converter):
+        names, joined = names[:-1], ("Concatenate", 2)
     one = len(converter.source_patterns) == 1
     return len(converter.target_patterns) == 1 and (
-        (one and names == [("MergeModulelist", 0)]) or names == [("MergeModulelist", 0), ("Concatenate", 1)]
+        (one and names == [("MergeModulelist", 0)]) or names == [("MergeModulelist", 0), joined]
     )
+
+
+def _transposes(converter: Any) -> bool:
+    """Whether the stacked matrices are transposed at the end."""
+    last = converter.operations[-1]
+    return type(last).__name__ == "Transpose" and (last.dim0, last.dim1) == (1, 2)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "moeforge.verb": {"moeforge.pipeline", "moeforge.registry", "moeforge.launch"},
     "moeforge.cli": {"moeforge.verb", "moeforge.launch", "moeforge.registry", "moeforge"},
     "moeforge.registry": {"moeforge.options"},
+    "moeforge.auto": {"moeforge.model"},
     "moeforge.options": set(),
     "moeforge.errors": set(),
 }

@@ -10,6 +10,7 @@ group `moeforge.architectures` (name: the model type; object: a dict, or the pat
     tensors        role -> name of the tensors outside the layers
     layer_tensors  role -> name below the prefix
     fused          role -> the roles that lie in it, one after the other along its rows
+    apart          role in a fused tensor that the class holds apart in memory -> its name there; experts are written so
     transposed     roles of matrices that are stored [in, out]
     shapes         role -> its sizes, each arithmetic with settings: "num_attention_heads * head_dim"; null: of any shape
     when           role -> the setting that must be true (`!setting`: false; several: all of them) for the tensor to exist

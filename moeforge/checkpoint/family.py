@@ -91,6 +91,7 @@ class Architecture:
     settings: Mapping[str, Any]
     shapes: Mapping[str, tuple[str, ...]]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    apart: Mapping[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     when: Mapping[str, str | list[str]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -253,7 +254,8 @@ class Architecture:
 
     def is_another_head(self, name: str) -> bool:
         """Whether a tensor is part of a head that other classes of the family have: the model at hand never reads it."""
-        return any(self._matches(name, patterns) for patterns in self.heads.values())
+        spellings = (name, self.prefix + name)
+        return any(self._matches(one, patterns) for patterns in self.heads.values() for one in spellings)
 
     @staticmethod
     def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -246,7 +246,12 @@ def examine(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any], Paren
     settings = family.resolve(checkpoint.config)
     located = family.locate(settings)
     wanted = {part.name for part in located.values()}
-    stored = {family.called(name, wanted): name for name in checkpoint.tensors if not family.is_ignored(name)}
+    stored: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        if not family.is_ignored(name) and (twice := stored.setdefault(family.called(name, wanted), name)) != name:
+            raise BadInput(
+                f"{checkpoint.ref}: {name} and {twice} are one tensor of a {family.model_type} model; remove one"
+            )
     missing = sorted(wanted - set(stored))
     if missing:
         raise BadInput(f"{checkpoint.ref}: a {family.model_type} model of this config has {missing[0]}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from moeforge.checkpoint import expert_names
 from moeforge.checkpoint.family import FFN_ROLES, Architecture
+from moeforge.errors import BadInput
 from moeforge.mixture.config import ExpertsConfig, MixtureConfig, RouterConfig
 
 from . import described
@@ -25,6 +26,10 @@ NAME = "moeforge"
 ACTIVATIONS = frozenset({"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh", "quick_gelu", "relu", "relu2",
                          "sigmoid", "tanh", "identity", "linear"})  # fmt: skip
 """What the experts' kernels know (moeforge_kernels.activations, which needs torch)."""
+UNSERVED = frozenset(
+    {"BertForPreTraining", "BertForNextSentencePrediction", "BertForMultipleChoice", "RobertaForMultipleChoice"}
+)
+"""Heads that the runtime has no class for."""
 ONLY_HERE = "only moeforge's own runtime holds this block"
 
 
@@ -42,7 +47,8 @@ def target(family: Architecture, parent: Parent) -> Target:
     before = family.layer.format(layer=0)
     names: dict[str, list[Matrix]] = {}
     for role in parent.matrices:
-        names.setdefault(parent.parts[role, 0].called.removeprefix(before), []).append(role)
+        name = family.apart.get(role, parent.parts[role, 0].called.removeprefix(before))
+        names.setdefault(name, []).append(role)
     root = expert_names.root(names)
 
     def slots(member: str) -> tuple[Slot, ...]:
@@ -75,10 +81,17 @@ def target(family: Architecture, parent: Parent) -> Target:
 
 
 def architecture(family: Architecture) -> str:
-    """Our class for a family's: `BertForMaskedLM` -> `MoeforgeForMaskedLM`, `ViTModel` -> `MoeforgeModel`."""
+    """Our class for a family's: `BertForMaskedLM` -> `MoeforgeForMaskedLM`, `ViTModel` -> `MoeforgeModel`.
+
+    Raises:
+        BadInput: there is none.
+    """
     if family.kind == "decoder":
         return "MoeforgeForCausalLM"
     named = next(iter(family.heads))
+    if named in UNSERVED:
+        raise BadInput(f"config.json: architectures = [{named!r}]: moeforge runs no mixture with this head; save the model as one of "
+                       f"{', '.join(sorted(set(family.classes) - UNSERVED))}")  # fmt: skip
     return "MoeforgeModel" if named == family.bare else f"Moeforge{named[named.index('For') :]}"
 
 

@@ -24,15 +24,18 @@ class MixtureContext:
         real: [T] bool over the flat batch, False for padding; None: every token is real.
         labels: [T] int64: the domain, modality or task of every token, for routers and statistics that ask; None: nobody said.
         seen: layer name -> what its router said in the latest recorded forward pass.
+        given: the mask that `record` was told, which stands in for the model's own.
     """
 
     real: Tensor | None = None
     labels: Tensor | None = None
     seen: dict[str, Routing] = field(default_factory=dict)
     recording: bool = False
+    given: Tensor | None = None
 
     def begin(self, real: Tensor | None = None, labels: Tensor | None = None) -> None:
         """A forward pass starts: [B, T] or [T] masks and labels of its tokens."""
+        real = real if self.given is None else self.given
         self.real = None if real is None else real.reshape(-1).bool()
         self.labels = None if labels is None else labels.reshape(-1)
 
@@ -43,13 +46,20 @@ class MixtureContext:
         return real, labels
 
     @contextlib.contextmanager
-    def record(self) -> Iterator[dict[str, Routing]]:
-        """Collect what routers say while the block runs. Leave it before `backward`."""
-        self.seen, self.recording = {}, True
+    def record(self, real: Tensor | None = None) -> Iterator[dict[str, Routing]]:
+        """Collect what routers say while the block runs. Leave it before `backward`.
+
+        Args:
+            real: [B, T] or [T], for a caller who knows better than the model's own mask which tokens are real: packed rows end in
+                padding that no attention mask marks. It stays in force after the block, for what runs again in `backward`.
+        """
+        self.seen, self.recording, self.given = {}, True, real
+        if real is not None:
+            self.begin(real, self.labels)
         try:
             yield self.seen
         finally:
-            self.recording = False
+            self.recording, self.given = False, None
 
     def note(self, layer: str, routing: Routing) -> None:
         """Called by a layer."""

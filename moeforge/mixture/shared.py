@@ -55,6 +55,11 @@ class Following(nn.Module):
         super().__init__()
         self._leader = (leader,)  # in a tuple, as a child would be saved twice
 
+    @property
+    def leader(self) -> SharedRouter:
+        """Who decides."""
+        return self._leader[0]
+
     def forward(self, x: Tensor, **_: Any) -> Routing:
         decided = self._leader[0].decided
         if decided is None or decided.pairs.tokens != len(x):

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, GateRefused, Interrupted, ReaderGone
+from ..mixture.losses import Weights, assignments, layer_losses
+from ..mixture.router import Router
+from ..mixture.routing import Routing
+from ..mixture.statistics import Statistics
 from ..options import format_bytes
 from ..pipeline.manifest import peak_rss_bytes
-from .losses import router_losses, token_loss_sum
-from .metrics import Load, Metrics
+from .losses import token_loss_sum
+from .metrics import Metrics, load_metrics
 from .packing import Cursor, Packer, Row
 from .params import Choice, Masters, Optimizer, make_optimizer
-from .routing import Site, Watch, watch
+from .routing import Site, watch
 from .schedule import Schedule, rate
 from .state import load_state, save_state
 
@@ -44,6 +48,8 @@ class Settings:
     """Largest gradient norm; 0 is no clipping."""
     balance: float = 0.01
     z: float = 0.0
+    bias_rate: float = 0.001
+    """How far a selection bias moves in each step, for routers that have one (arXiv:2408.15664)."""
     evaluate_every: int = 0
     save_every: int = 0
 
@@ -116,9 +122,9 @@ def save_memory(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(kwargs)  # pyright: ignore[reportCallIssue]
 
 
-def forward(model: nn.Module, sites: list[Site], batch: Batch) -> tuple[Tensor, Watch]:
-    """Logits [B, T, V], and what the routers said. Positions that restart keep documents apart."""
-    with watch(sites) as seen:
+def forward(model: nn.Module, sites: list[Site], batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
+    """Logits [B, T, V], and what the routers said by site. Positions that restart keep documents apart."""
+    with watch(sites, batch.real) as seen:
         logits = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits
     return logits, seen
 
@@ -159,18 +165,17 @@ def evaluate(model: nn.Module, sites: list[Site], packer: Packer, rows: int, dev
     """Held-out loss in nats a token, and each expert's share of the assignments, over one pass of `packer`."""
     training = model.training
     model.eval()
-    totals, load = Totals(), Load([site.name for site in sites])
+    totals, statistics = Totals(), Statistics()
     for chunk in _chunks(packer.rows(repeat=False), rows):
         batch = Batch.of(chunk, device)
         logits, seen = forward(model, sites, batch)
         totals.tokens += batch.predicted
         totals.loss += float(token_loss_sum(logits, batch.labels))
-        load.add(count.tolist() for count in seen.counts(batch.real.flatten()))
+        statistics.add(seen)
         tick(batch.predicted)
     model.train(training)
     loss = totals.loss / totals.tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": totals.tokens,
-            "load": [[round(x, 6) for x in layer] for layer in load.fractions()], "imbalance": load.imbalance()}  # fmt: skip
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": totals.tokens, **load_metrics(statistics)}  # fmt: skip
 
 
 def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
@@ -208,6 +213,13 @@ class Loop:
         self.device = next(model.parameters()).device
         self.masters = Masters(choice.params, precise)
         self.named = self.masters.named
+        self.scored = any(site.scored for site in sites)
+        learning = [site for site in sites if any(param.requires_grad for param in site.router.parameters())]
+        self.biased = {site.name: site.router for site in learning
+                       if isinstance(site.router, Router) and site.router.selection_bias is not None}  # fmt: skip
+        ours = {id(router.selection_bias) for router in self.biased.values()}
+        self.biases = {name: buffer for name, buffer in model.named_buffers() if id(buffer) in ours}
+        """Selection biases by name: moved by the load and not by gradients, so they are kept beside the parameters."""
         self.optimizer = make_optimizer(choice, self.masters, kind=settings.optimizer, rate=settings.learning_rate,
                                         router_scale=settings.router_scale, weight_decay=settings.weight_decay)  # fmt: skip
         self.step = self.tokens = self._resumed_tokens = 0
@@ -279,9 +291,10 @@ class Loop:
             chunks.append(shares[self.accelerator.process_index])
             cursor = shares[-1][-1].cursor
         batches = [Batch.of(chunk, self.device) for chunk in chunks]
-        predicted = self._sum(torch.tensor([float(sum(batch.predicted for batch in batches))]))[0].item()
-        totals = Totals(int(predicted))
-        counts: list[Tensor] | None = None
+        sizes = [sum(batch.predicted for batch in batches), sum(int(batch.real.sum()) for batch in batches)]
+        predicted, real = self._sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
+        totals, weights = Totals(int(predicted)), Weights(balance=settings.balance, z=settings.z)
+        counts: dict[str, Tensor] = {}
         self.model.train()
         for batch in batches:
             self.check()
@@ -290,16 +303,14 @@ class Loop:
             # every mean is over all tokens of the step, on all ranks, so uneven padding weighs nothing extra
             loss = summed / predicted
             totals.loss += float(summed.detach())
-            if self.sites:
-                real = batch.real.flatten()
-                with torch.no_grad():
-                    here = [self._sum(count) for count in seen.counts(real)]
-                    counts = here if counts is None else [a + b for a, b in zip(counts, here, strict=True)]
-                balance, z = router_losses(seen.logits, counts, real, [site.scoring for site in self.sites])
-                share = batch.predicted / predicted
-                loss = loss + share * (settings.balance * balance + settings.z * z)
-                totals.balance += share * float(balance.detach()) / len(self.sites)
-                totals.z += share * float(z.detach()) / len(self.sites)
+            with torch.no_grad():
+                counts = {name: counts.get(name, 0) + self._sum(count) for name, count in assignments(seen).items()}
+            if self.scored:
+                # what is a mean over real tokens weighs by them, as its share of the whole step's
+                terms, share = layer_losses(seen, counts), int(batch.real.sum()) / real
+                loss = loss + share * terms.layers * weights.total(terms)
+                totals.balance += share * float(terms.balance.detach())
+                totals.z += share * float(terms.z.detach())
             if not math.isfinite(float(loss.detach())):
                 self._drop_gradients()
                 raise GateRefused(
@@ -315,6 +326,8 @@ class Loop:
         self.optimizer.step()
         self._drop_gradients()
         self.masters.publish()
+        for name, router in self.biased.items():
+            router.balance_bias(counts[name], settings.bias_rate)
         self.step, self.tokens, self.cursor = self.step + 1, self.tokens + totals.tokens, cursor
         sums = self._sum(torch.tensor([totals.loss, totals.balance, totals.z], dtype=torch.float64)).tolist()
         record = {
@@ -323,7 +336,7 @@ class Loop:
             "lr": settings.learning_rate * factor,
             "norm": norm,
         }
-        if self.sites:
+        if self.scored:
             record |= {"balance": sums[1], "z": sums[2]}
         return record
 
@@ -380,14 +393,14 @@ class Loop:
         path = self.keeper.place(self.step)
         meta = {"step": self.step, "tokens": self.tokens, "seconds": self._elapsed(), "metrics": metrics.sync(),
                 "cursor": self.cursor.as_json()}  # fmt: skip
-        save_state(path, self.named, None if finished else self.optimizer, meta)
+        save_state(path, self.named | self.biases, None if finished else self.optimizer, meta)
         self.keeper.record(path, self.step)
 
     def _resume(self) -> Metrics:
         path = self.keeper.newest() if self.keeper is not None else None
         if path is None:
             return Metrics(self.directory)
-        meta = load_state(path, self.named, self.optimizer)
+        meta = load_state(path, self.named | self.biases, self.optimizer)
         self.masters.publish()
         self.step = meta["step"]
         self.tokens = self._resumed_tokens = meta["tokens"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..mixture.statistics import Statistics
 
 FILE = "metrics.jsonl"
 
@@ -56,26 +57,15 @@ class Metrics:
         return [record for record in self.records if record["event"] == event]
 
 
-@dataclass
-class Load:
-    """Assignments to each expert, layer by layer, over any number of batches."""
-
-    layers: list[str]
-    counts: list[list[float]] = field(default_factory=list)
-
-    def add(self, counts: Iterable[Iterable[float]]) -> None:
-        new = [list(layer) for layer in counts]
-        self.counts = (
-            [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(self.counts, new, strict=True)]
-            if self.counts
-            else new
-        )
-
-    def fractions(self) -> list[list[float]]:
-        """Share of assignments, [L][E], each row summing to 1 (a row of zeros where nothing was seen)."""
-        return [[count / max(sum(layer), 1.0) for count in layer] for layer in self.counts]
-
-    def imbalance(self) -> float | None:
-        """The busiest expert's load over the mean, averaged over layers: 1 when even. None for a dense model."""
-        rows = self.fractions()
-        return sum(max(row) * len(row) for row in rows) / len(rows) if rows else None
+def load_metrics(statistics: Statistics) -> dict[str, Any]:
+    """What a held-out pass says of the routers, layer by layer: `load` [L][E], each expert's share of the assignments; `entropy` in
+    nats and the number of `dead` experts; and `imbalance`, the busiest expert's load over the mean, averaged over layers: 1 when
+    even, None for a dense model."""
+    layers = list(statistics.as_json().values())
+    violations = [layer["max_violation"] for layer in layers if layer["max_violation"] is not None]
+    return {
+        "load": [[round(share, 6) for share in layer["load"]] for layer in layers],
+        "entropy": [None if layer["entropy"] is None else round(layer["entropy"], 6) for layer in layers],
+        "dead": [len(layer["dead"]) for layer in layers],
+        "imbalance": 1 + sum(violations) / len(violations) if violations else None,
+    }

@@ -44,7 +44,7 @@ def choose(model: nn.Module, sites: Sequence[Site], select: str) -> Choice:
     ids = {id(param): name for name, param in named.items()}
     members = {
         "all": set(named),
-        "experts": {ids[id(p)] for site in sites for p in site.bank.parameters() if id(p) in ids},
+        "experts": {ids[id(p)] for site in sites for p in site.expert_parameters() if id(p) in ids},
         "routers": {ids[id(p)] for site in sites for p in site.router.parameters() if id(p) in ids},
     }
     chosen: set[str] = set()

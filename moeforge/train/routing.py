@@ -1,50 +1,93 @@
 """Find the routers of any mixture model, and watch them while it runs.
 
-Nothing is known of model types: a router is recognised by its shape (owns `top_k` and an [E, D] weight, stands beside the
-experts that it chooses among), and its outputs by theirs.
+Our own mixtures say what they are. Of others nothing is known but their shape: a router owns `top_k` and an [E, D] weight and
+stands beside the experts that it chooses among; its outputs are recognised by theirs. Both come out as the same Routing.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moeforge_kernels.pairs import pairs_from_slots
+
+from ..mixture.context import MixtureContext
+from ..mixture.experts.base import Experts
+from ..mixture.layer import MixtureLayer
+from ..mixture.router import Router
+from ..mixture.routing import Routing
+from ..mixture.select import score
+from ..mixture.shared import Following, SharedRouter
+
 
 @dataclass(frozen=True)
 class Site:
-    """One mixture layer.
+    """One router and what it chooses among.
 
     Attributes:
-        name: module path of the block that holds router and experts.
+        name: module path of the block that holds router and experts; for a mixture of ours, its own name.
+        banks: the experts; several where sites of a block share a decision.
         experts: E; `top_k`: K.
-        scoring: how logits become probabilities, `softmax` or `sigmoid`.
+        scoring: how logits become probabilities.
+        noting: the module of ours that leaves the Routing in a context; None for anyone else's.
     """
 
     name: str
     router: nn.Module
-    bank: nn.Module
+    banks: tuple[nn.Module, ...]
     experts: int
     top_k: int
-    scoring: str
+    scoring: Literal["softmax", "sigmoid"]
+    noting: MixtureLayer | SharedRouter | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are probabilities to balance: labels choose without."""
+        return not isinstance(self.router, Router) or self.router.config.kind != "label"
+
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """What belongs to an expert; not the base that some kinds share."""
+        for bank in self.banks:
+            shared = (
+                {name for name, where in bank.stored().items() if where.shared} if isinstance(bank, Experts) else ()
+            )
+            yield from (param for name, param in bank.named_parameters() if name not in shared)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every mixture layer of the model, in order; empty for a dense model."""
+    modules = list(model.named_modules())
+    followed: dict[SharedRouter, list[nn.Module]] = {}
+    for _, module in modules:
+        if isinstance(module, MixtureLayer) and isinstance(module.router, Following):
+            followed.setdefault(module.router.leader, []).append(module.experts)
     sites = []
-    for name, block in model.named_modules():
-        children = dict(block.named_children())
-        routers = [child for child in children.values() if _is_router(child)]
-        banks = [child for child in children.values() if any(p.ndim == 3 for p in child.parameters(recurse=False))]
-        if len(routers) == 1 and len(banks) == 1:
-            router: Any = routers[0]
-            weight = next(p for p in router.parameters(recurse=False) if p.ndim == 2)
-            sites.append(Site(name, router, banks[0], weight.shape[0], int(router.top_k), _scoring(router)))
+    for name, block in modules:
+        if isinstance(block, MixtureLayer) and isinstance(block.router, Router):
+            sites.append(_ours(block, block.router, (block.experts,)))
+        elif isinstance(block, SharedRouter):
+            sites.append(_ours(block, block.router, tuple(followed.get(block, ()))))
+        else:
+            children = dict(block.named_children())
+            routers = [child for child in children.values() if _is_router(child)]
+            banks = [child for child in children.values() if any(p.ndim == 3 for p in child.parameters(recurse=False))]
+            if len(routers) == 1 and len(banks) == 1:
+                router: Any = routers[0]
+                weight = next(p for p in router.parameters(recurse=False) if p.ndim == 2)
+                sites.append(Site(name, router, (banks[0],), weight.shape[0], int(router.top_k), _scoring(router)))
+    names = [site.name for site in sites]
+    if len(set(names)) < len(names):
+        raise ValueError(f"mixture layers must have names of their own; found {', '.join(sorted(names))}")
     return sites
+
+
+def _ours(noting: MixtureLayer | SharedRouter, router: Router, banks: tuple[nn.Module, ...]) -> Site:
+    return Site(noting.name, router, banks, router.experts, router.config.top_k, router.config.score, noting)
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -53,16 +96,16 @@ def _is_router(module: nn.Module) -> bool:
     )
 
 
-def _scoring(router: nn.Module) -> str:
+def _scoring(router: nn.Module) -> Literal["softmax", "sigmoid"]:
     """A selection-bias buffer is the mark of DeepSeek-V3's sigmoid routing; others say so by name."""
     declared = getattr(router, "expert_selection_fn", getattr(router, "scoring_func", None))
     if isinstance(declared, str):
-        return declared
+        return "sigmoid" if declared == "sigmoid" else "softmax"
     return "sigmoid" if hasattr(router, "e_score_correction_bias") else "softmax"
 
 
-def read_output(output: Any, top_k: int) -> tuple[Tensor, Tensor]:
-    """(logits [T, E], chosen experts [T, K]) out of a router's output tuple.
+def read_output(output: Any, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits [T, E], weights [T, K], chosen experts [T, K]) out of a router's output tuple.
 
     transformers' routers return logits, weights and indices, of which the weights always stand in the middle.
 
@@ -70,42 +113,64 @@ def read_output(output: Any, top_k: int) -> tuple[Tensor, Tensor]:
         TypeError: it is no such tuple.
     """
     if isinstance(output, tuple) and len(output) == 3:
-        for logits, _, chosen in (output, output[::-1]):
+        for logits, weights, chosen in (output, output[::-1]):
             if not chosen.is_floating_point() and chosen.shape[-1] == top_k and logits.is_floating_point():
-                return logits.flatten(0, -2), chosen.flatten(0, -2)
+                return logits.flatten(0, -2), weights.reshape(-1, top_k), chosen.flatten(0, -2)
     raise TypeError("not a router: its output is no tuple of logits, weights and indices")
 
 
-@dataclass
-class Watch:
-    """What the routers said during one forward pass: per layer logits [B*T, E] and chosen experts [B*T, K]."""
+def routing_of(output: Any, site: Site, real: Tensor | None) -> Routing:
+    """What a router that is not ours said, as ours say it; padding is taken out of its choice.
 
-    sites: list[Site]
-    logits: list[Tensor] = field(default_factory=list)
-    chosen: list[Tensor] = field(default_factory=list)
-
-    def counts(self, real: Tensor) -> list[Tensor]:
-        """Assignments to each expert, per layer [E] float64, over the tokens where `real` [B*T] is set."""
-        return [torch.bincount(chosen[real].flatten(), minlength=site.experts).double()
-                for site, chosen in zip(self.sites, self.chosen, strict=True)]  # fmt: skip
+    Raises:
+        TypeError: see :func:`read_output`.
+    """
+    logits, weights, chosen = read_output(output, site.top_k)
+    if real is not None:
+        chosen = chosen.masked_fill(~real.unsqueeze(-1), site.experts)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return Routing(
+        pairs_from_slots(chosen, weights.to(wide), site.experts), logits, score(logits.to(wide), site.scoring), real
+    )
 
 
 @contextlib.contextmanager
-def watch(sites: list[Site]) -> Iterator[Watch]:
-    """Record the routers while the block runs.
+def watch(sites: list[Site], real: Tensor | None = None) -> Iterator[dict[str, Routing]]:
+    """Record the routers while the block runs; what they said is there when it ends: site name -> Routing.
 
     Close it before `backward`: gradient checkpointing runs the layers a second time there.
+
+    Args:
+        real: [B, T] or [T] bool, False for padding.
     """
-    seen = Watch(sites)
+    outputs: dict[str, Any] = {}
+    seen: dict[str, Routing] = {}
 
     def note(site: Site, output: Any) -> None:
-        logits, chosen = read_output(output, site.top_k)
-        seen.logits.append(logits)
-        seen.chosen.append(chosen)
+        # kept as it is: gradient checkpointing must find the same operations when it runs the layer without this hook
+        outputs[site.name] = output
 
-    hooks = [site.router.register_forward_hook(lambda _m, _i, output, site=site: note(site, output)) for site in sites]
+    contexts: list[MixtureContext] = []
+    for site in sites:
+        if site.noting is not None:
+            if site.noting.context is None:  # a model that was put together by hand
+                site.noting.context = contexts[0] if contexts else MixtureContext()
+            if not any(context is site.noting.context for context in contexts):
+                contexts.append(site.noting.context)
+    hooks = [site.router.register_forward_hook(lambda _m, _i, output, site=site: note(site, output))
+             for site in sites if site.noting is None]  # fmt: skip
     try:
-        yield seen
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context.record(real))
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()
+    noted = {name: routing for context in contexts for name, routing in context.seen.items()}
+    flat = None if real is None else real.flatten()
+    for site in sites:
+        if site.name in outputs:
+            seen[site.name] = routing_of(outputs[site.name], site, flat)
+        elif site.name in noted:
+            seen[site.name] = noted[site.name]

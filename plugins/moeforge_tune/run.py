@@ -46,7 +46,7 @@ def run(plan: Plan, out: Workspace, ctx: Context) -> Written:
         # a tied parameter has several names, and the source may hold a tensor for each
         masters = {id(param): master for param, master in loop.masters.pairs.values()}
         learnt = {name: masters[id(param)] for name, param in loop.model.named_parameters(remove_duplicate=False)
-                  if id(param) in masters}  # fmt: skip
+                  if id(param) in masters} | loop.biases  # fmt: skip
         ops = trained_ops(source, weights, learnt)
         write_companions(source, out.path, dict(source.config))
         with ctx.bar("writing", sum(info.nbytes for info in source.tensors.values()), "B") as bar:

@@ -133,7 +133,16 @@ def test_a_busy_group_does_not_excuse_an_idle_one():
     assert relative_load(torch.zeros(4), (2, 2)).tolist() == [0] * 4
 
 
-def test_the_gradient_lowers_the_busy_expert_and_masks_stay_finite():
+def test_the_gradient_lowers_the_busy_expert():
+    router = make(4)
+    router.weight.data = torch.tensor([[3.0], [0.0], [0.0], [-1.0]], dtype=torch.float64)
+    routing = router(torch.ones(6, 1, dtype=torch.float64))
+    layer_losses({"a": routing}, {"a": torch.tensor([12.0, 0, 0, 0])}).balance.backward()
+    assert router.weight.grad[0] > 0
+    assert (router.weight.grad[1:] < 0).all()
+
+
+def test_forbidden_experts_have_finite_gradients():
     router = make(4, by_label=(2, 2), top_k=1)
     labels = torch.tensor([0, 0, 0, 1, 1, 255])
     x = torch.randn(6, D, dtype=torch.float64)

@@ -48,6 +48,10 @@ class MoeforgeConfig(PreTrainedConfig):
                 )
             base_config = parse_config(base_config)
         self.base_config = base_config  # from here on, settings are those of the dense model
+        for key in [key for key in self.__dict__ if self._shares(key)]:
+            del self.__dict__[key]
+            if hasattr(type(self), key):
+                self.__dict__[key] = getattr(base_config, key)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -93,25 +97,23 @@ class MoeforgeConfig(PreTrainedConfig):
         if (check := getattr(self.base_config, "validate", None)) is not None:
             check(*args, **kwargs)
 
-    def _base_of(self, key: str) -> PreTrainedConfig | None:
-        """The config that a key is a setting of, when that is the dense model's."""
-        base = object.__getattribute__(self, "__dict__").get("base_config")
-        if base is None or key in _OWN or (key.startswith("__") and key.endswith("__")):
-            return None
-        return base if key in base.__dict__ or key in type(base).attribute_map else None
+    def _shares(self, key: str) -> bool:
+        """Whether a key is a setting of the dense model's."""
+        base = self.__dict__.get("base_config")
+        return base is not None and key not in _OWN and (key in base.__dict__ or key in type(base).attribute_map)
 
-    def __getattribute__(self, key: str) -> Any:
-        if key in ("_base_of", "__dict__", "__class__"):
-            return object.__getattribute__(self, key)
-        base = self._base_of(key)
-        return super().__getattribute__(key) if base is None else getattr(base, key)
+    def __getattr__(self, key: str) -> Any:
+        base = self.__dict__.get("base_config")
+        if base is None or (key.startswith("__") and key.endswith("__")):
+            raise AttributeError(f"{type(self).__name__} has no attribute {key!r}")
+        return getattr(base, key)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        base = self._base_of(key)
-        if base is None:
-            super().__setattr__(key, value)
-        else:
-            setattr(base, key, value)
+        if self._shares(key):
+            setattr(self.base_config, key, value)
+            if not hasattr(type(self), key):
+                return
+        super().__setattr__(key, value)  # what every config has is held twice: it would be found in the class before the base
 
 
 def register() -> None:

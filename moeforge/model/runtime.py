@@ -40,8 +40,10 @@ class Mixed:
     base_class: ClassVar[type[PreTrainedModel]]
     config_class = MoeforgeConfig
 
-    def __new__(cls, config: MoeforgeConfig, *args: Any, **kwargs: Any) -> Any:
-        return object.__new__(cls if hasattr(cls, "base_class") else cls.of(config))
+    def __new__(cls, config: MoeforgeConfig | None = None, *args: Any, **kwargs: Any) -> Any:
+        if config is None or hasattr(cls, "base_class"):  # a copy is made without a config
+            return object.__new__(cls)
+        return object.__new__(cls.of(config))
 
     def __init__(self, config: MoeforgeConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config.base_config, *args, **kwargs)  # pyright: ignore[reportCallIssue]

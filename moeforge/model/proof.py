@@ -1,13 +1,13 @@
-"""Is it the same function? Two checkpoints run side by side in float32, from their files, one layer at a time."""
+"""Is it the same function? Two checkpoints run side by side in float32, from their files, one layer at a time.
+
+Language models on token ids, encoders on padded ids or pixels (moeforge.model.encoders)."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checkpoint.base import Checkpoint
-from ..checkpoint.tensor import TensorInfo
 from ..errors import BadInput
 from .comparison import Comparison, worst
 
@@ -65,7 +64,8 @@ class Proof:
         kl, kl_max: mean and largest KL(first || second) per token, in nats.
         text_kl: mean KL over the tokens of real text alone; None without text.
         cross_entropy: mean next-token loss of (first, second) on the real text, in nats; None without text.
-        tokens: number of tokens compared.
+        tokens: number of tokens compared; of sequences or images, where a head judges those.
+        compared: `logits`, or `hidden states` of a model without a head.
         finite: whether both models gave finite numbers everywhere: in every layer and in every logit.
     """
 
@@ -84,6 +84,7 @@ class Proof:
     seed: int
     layers: tuple[LayerProof, ...]
     seconds: float
+    compared: str = "logits"
 
     @property
     def first_wrong(self) -> LayerProof | None:
@@ -101,11 +102,14 @@ class Proof:
         """One line for people."""
         if not self.finite:
             where = next(
-                (f"first in layer {layer.index}" for layer in self.layers if not layer.finite), "in the logits"
+                (f"first in layer {layer.index}" for layer in self.layers if not layer.finite),
+                f"in the {self.compared}",
             )
             return f"not a function: infinities or NaN, {where}, on {self.tokens} tokens"
         if self.exact:
             rounding = "" if self.rounding is None else f" (rounding alone gives this model {self.rounding:.1e})"
+            if self.compared != "logits":
+                return f"same function: relative error {self.relative_error:.1e} of {self.tokens} {self.compared}"
             return (
                 f"same function: relative error {self.relative_error:.1e}{rounding}, argmax equal on {self.tokens} of "
                 f"{self.tokens} tokens, KL {self.kl:.1e}"
@@ -116,6 +120,11 @@ class Proof:
             if wrong
             else ""
         )
+        if self.compared != "logits":
+            return (
+                f"not the same function: relative error {self.relative_error:.1e} (allowed {self.threshold:.0e}) of "
+                f"{self.tokens} {self.compared}{where}"
+            )
         return (
             f"not the same function: relative error {self.relative_error:.1e} (allowed {self.threshold:.0e}), argmax equal "
             f"on {self.argmax_equal:.1%} of {self.tokens} tokens, KL {self.kl:.1e}{where}"
@@ -133,7 +142,7 @@ def prove(
     dtype: str = "float32",
     ctx: Context | None = None,
 ) -> Proof:
-    """Compare two causal language models layer by layer and at the logits.
+    """Compare two models layer by layer and at what comes out.
 
     Args:
         first: the reference, usually the dense source.
@@ -141,7 +150,7 @@ def prove(
         threshold: allowed max|dlogit| / max|logit|.
         tokens: number of random token ids, in two sequences; more when a sliding window has to be exceeded.
         seed: of the random ids.
-        text: token ids of real text, one sequence each.
+        text: token ids of real text, one sequence each; language models only.
         dtype: float32 proves; bfloat16 shows the rounding of the stored type.
         ctx: for progress and interruption.
 
@@ -154,6 +163,7 @@ def prove(
         with open_checkpoint(str(second)) as opened:
             return prove(first, opened, threshold=threshold, tokens=tokens, seed=seed, text=text, dtype=dtype, ctx=ctx)
 
+    from . import encoders
     from .streaming import StreamedModel
     from .weights import torch_dtype
 
@@ -163,16 +173,20 @@ def prove(
         raise BadInput(
             f"{first.ref} has {models[0].depth} layers, {second.ref} has {models[1].depth}: they cannot be the same function"
         )
-    batches = token_batches(first.config, models[0].module.config.get_text_config().vocab_size, tokens, seed, text)
+    writes = models[0].module.can_generate()
+    if writes:
+        batches = token_batches(first.config, models[0].module.config.get_text_config().vocab_size, tokens, seed, text)
+    else:
+        batches, text = encoders.batches(models[0], seed), ()
     states = [model.start(batches) for model in models]
     layers = []
     for index in range(models[0].depth):
         if ctx is not None:
             ctx.check()
         layers.append(_compare_layer(index, models, states))
+    compare = _compare_logits if writes else encoders.compare
     apart = [
-        _compare_logits(models, a, b, text=i >= len(batches) - len(text))
-        for i, (a, b) in enumerate(zip(*states, strict=True))
+        compare(models, a, b, text=i >= len(batches) - len(text)) for i, (a, b) in enumerate(zip(*states, strict=True))
     ]
     logits, on_text = Comparison.joined(apart), Comparison.joined(apart[len(batches) - len(text) :])
     error = logits.relative_error
@@ -180,11 +194,12 @@ def prove(
     finite = logits.finite and all(layer.finite for layer in layers)
     exact = blocks and math.isfinite(error) and logits.agreed == logits.tokens
     rounding = None
-    if exact and error > threshold:
+    if exact and error > threshold and writes:
         # only the sequences in question are run again
         suspects = [s for s, part in zip(states[0], apart, strict=True) if part.difference > threshold * logits.scale]
         rounding = rounding_error(models[0], suspects, seed, logits.scale)
         exact = error <= rounding
+    exact = exact and (error <= threshold or rounding is not None)
     return Proof(
         exact=exact and finite,
         finite=finite,
@@ -203,6 +218,7 @@ def prove(
         seed=seed,
         layers=tuple(layers),
         seconds=time.perf_counter() - began,
+        compared="logits" if writes or encoders.has_head(models[0]) else "hidden states",
     )
 
 
@@ -304,7 +320,7 @@ def _compare_layer(index: int, models: Sequence[StreamedModel], states: Sequence
         sparse = is_sparse(ffn_modules(layer))
         with torch.no_grad():
             local = _sizes([ffn_output(layer, x) for x, _ in calls], [y for _, y in calls])
-    hidden = _sizes([s.hidden for s in states[1]], [s.hidden for s in states[0]])
+    hidden = _sizes([s.shown for s in states[1]], [s.shown for s in states[0]])
     # where the difference and the reference are finite, so is the other side
     finite = all(map(math.isfinite, (*hidden, *local)))
     return LayerProof(index, sparse, _ratio(*hidden), _ratio(*local), finite)
@@ -357,43 +373,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return value
-
-
-def peak_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Memory that running a model of these tensors layer by layer in float32 takes for weights: the largest decoder layer,
-    or the largest tensor outside the layers where that is more, and one stored tensor. From headers alone, without torch.
-    """
-    layers: dict[str, int] = {}
-    largest = 0
-    for info in tensors:
-        found = re.match(r"(?:.*?\.)?(?:layers|h|blocks|block)\.(\d+)\.", info.name)
-        key = found[1] if found else info.name
-        layers[key] = layers.get(key, 0) + 4 * info.size
-        largest = max(largest, info.nbytes)
-    return max(layers.values(), default=0) + largest
-
-
-def fits(tensors: Iterable[TensorInfo], memory: int | None = None) -> bool:
-    """Whether a proof of the model with these tensors (the larger one: the mixture) fits in `memory` bytes.
-
-    Args:
-        memory: default three quarters of what the machine has free.
-    """
-    if memory is None:
-        memory = available_memory() * 3 // 4
-    # 600 MB: torch, transformers and the activations of the test tokens
-    return peak_bytes(tensors) + 600_000_000 <= memory
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be had without swapping, or all the memory where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 8 << 30

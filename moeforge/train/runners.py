@@ -15,7 +15,7 @@ from ..checkpoint.base import Checkpoint
 from ..checkpoint.open import COMPRESSION
 from ..checkpoint.quantized import wrap
 from ..model.load import load
-from ..model.proof import available_memory
+from ..model.memory import available_memory
 from ..model.streaming import State, StreamedModel
 from ..model.weights import torch_dtype
 from ..pipeline.context import Context

@@ -6,14 +6,14 @@ T: tokens.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.ops import TensorOp
-from moeforge.checkpoint.roles import place_of, role_of
+from moeforge.checkpoint.roles import role_of
 from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.checkpoint.writer import op_memory
+from moeforge.model.memory import layer_bytes
 
 RUNNING = 600_000_000
 """The interpreter with torch, bitsandbytes and transformers' model classes."""
@@ -57,7 +57,7 @@ def _measuring(checkpoint: Checkpoint, compressed: Collection[str], tokens: int)
     hidden = 2 * 2 * 4 * tokens * width
     heads = 2 * 4 * vocabulary * width + 2 * 4 * COMPARED * vocabulary + DISTRIBUTIONS * 8 * COMPARED * vocabulary
     reading = max(_reading(checkpoint, info, compressed) for info in tensors)
-    return RUNNING + TOKENIZING + hidden + max(_unit(tensors) + reading, heads)
+    return RUNNING + TOKENIZING + hidden + max(layer_bytes(tensors) + reading, heads)
 
 
 def _reading(checkpoint: Checkpoint, info: TensorInfo, compressed: Collection[str]) -> int:
@@ -65,12 +65,3 @@ def _reading(checkpoint: Checkpoint, info: TensorInfo, compressed: Collection[st
     return max(
         checkpoint.read_memory(info.name, info.nbytes), info.nbytes, 3 * 4 * info.size if info.name in compressed else 0
     )
-
-
-def _unit(tensors: Collection[TensorInfo]) -> int:
-    """Bytes in float32 of the largest decoder layer, or of the largest tensor outside the layers where that is more."""
-    sizes: Counter[int | str] = Counter()
-    for info in tensors:
-        layer, _ = place_of(info.name)
-        sizes[info.name if layer is None else layer] += 4 * info.size
-    return max(sizes.values())

@@ -11,7 +11,7 @@ from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.digest import artifact_digest, verify_files
 from moeforge.errors import BadInput, ExitCode, MachineLacks
-from moeforge.options import opt
+from moeforge.options import format_bytes, opt
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.stage import Answer
@@ -126,7 +126,8 @@ def _prove_again(src: Artifact, checkpoint: Checkpoint, options: Options, found:
     A parent's digest holds the times of its files, so that another digest does not mean another function: the proof decides,
     and speaks against this artifact only where the parent is the recorded one for certain.
     """
-    from moeforge.model.proof import fits, prove
+    from moeforge.model.memory import fits, proof_bytes
+    from moeforge.model.proof import prove
 
     manifest = src.manifest or {}
     parents = manifest.get("parents") or ()
@@ -142,8 +143,9 @@ def _prove_again(src: Artifact, checkpoint: Checkpoint, options: Options, found:
         found.skipped.append(f"equality: the parent cannot be opened: {error}")
         return
     with parent:
-        if not fits(checkpoint.tensors.values()):
-            found.skipped.append("equality: the proof does not fit into the memory that is free")
+        needed = proof_bytes(parent, checkpoint)
+        if not fits(needed):
+            found.skipped.append(f"equality: the proof takes {format_bytes(needed)} of memory, more than is free")
             return
         same = parent.provenance()["digest"] == parents[0].get("digest")
         ctx.say(f"proving equality with {ref}, layer by layer in float32")

@@ -6,17 +6,14 @@ weights that are in memory together, and the arrays that are worked on. F: FFN w
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.digest import cores
 from moeforge.checkpoint.ops import TensorOp
-from moeforge.checkpoint.tensor import TensorInfo
+from moeforge.checkpoint.planned import PlannedCheckpoint
 from moeforge.checkpoint.writer import MAX_MEMORY, op_memory
 from moeforge.errors import MachineLacks
-from moeforge.model import proof
+from moeforge.model import memory
 from moeforge.options import format_bytes
 
 from . import domains
@@ -28,8 +25,6 @@ PLAIN = 55_000_000
 """The interpreter with numpy and the command."""
 IMPORTING = 300_000_000
 """The same while torch is imported beside the writing, for the proof that follows."""
-RUNNING = 600_000_000
-"""With torch, transformers' model classes and what a first forward leaves."""
 TOKENIZING = 60_000_000
 """The tokenizer library with a vocabulary."""
 WORKERS = 4
@@ -99,7 +94,7 @@ def _measured(job: Job) -> bool:
 
 def _resting(job: Job) -> int:
     """What is in memory between the measurements and the proof."""
-    return RUNNING + TOKENIZING if _measured(job) else PLAIN
+    return memory.RUNNING + TOKENIZING if _measured(job) else PLAIN
 
 
 def _writing(job: Job, ops: Sequence[TensorOp]) -> int:
@@ -111,27 +106,15 @@ def proves(job: Job, ops: Sequence[TensorOp]) -> bool:
     """Whether the proof will be run: as asked, or if nothing was said, where it fits in memory."""
     if job.options.verify is not None:
         return job.options.verify
-    # a limit above what the machine has makes it no larger
-    memory = min(job.options.max_memory or math.inf, proof.available_memory() * 3 // 4)
-    return proof_bytes(job, ops) <= memory
+    return memory.fits(proof_bytes(job, ops), job.options.max_memory)
 
 
 def proof_bytes(job: Job, ops: Iterable[TensorOp]) -> int:
-    """What the proof takes: the larger model's largest layer (or embedding), one sequence's logits, all hidden states."""
-    source = job.parents[0].checkpoint
-    written = [info for op in ops for info in op.outputs]
-    reading = max(_read(source, info) for info in source.tensors.values())
-    # experts that are stored in one tensor are rearranged once they have been read
-    placing = max(info.nbytes + (4 * info.size if len(info.shape) == 3 else 0) for info in written)
-    weights = max(_unit(source.tensors.values()) + reading, _unit(written) + placing)
+    """What the proof of the planned model takes, with the text on which the drift of an inexact method is measured."""
+    tensors = {info.name: [info.dtype, list(info.shape)] for op in ops for info in op.outputs}
     texts = [PROOF_TOKENS] * (len(job.options.calibration) or len(domains.DEFAULT)) if not job.shape.exact else []
-    lengths = [*proof.token_lengths(source.config), *texts]
-    vocabulary, width, longest = job.settings.get("vocab_size", 0), job.settings["hidden_size"], max(lengths)
-    hidden = 8 * 4 * sum(lengths) * width
-    masks = 2 * 4 * sum(length**2 for length in lengths)
-    logits = 4 * (longest + proof.HEAD) * vocabulary + 6 * 8 * proof.POSITIONS * vocabulary
-    experts = 4 * 4 * longest * job.shape.top_k * job.settings["intermediate_size"]
-    return RUNNING + weights + hidden + masks + max(logits, experts)
+    planned = PlannedCheckpoint({"config": job.config, "tensors": tensors})
+    return memory.proof_bytes(job.parents[0].checkpoint, planned, texts)
 
 
 def _measuring(job: Job) -> int:
@@ -145,11 +128,11 @@ def _measuring(job: Job) -> int:
         texts = options.calibration_tokens * (len(options.calibration) or len(domains.DEFAULT))
     passes = len(job.parents) + (len(job.parents) > 1 or options.prompts is not None)
     sources = [parent.checkpoint for parent in job.parents]
-    weights = max(_unit(s.tensors.values()) + max(_read(s, info) for info in s.tensors.values()) for s in sources)
+    weights = max(map(memory.weight_bytes, sources))
     kept = 8 * 2 * width**2 * ("gram" in wanted)
     kept += 8 * min(SAMPLES, texts) * (width * ("samples" in wanted) + ffn * ("activations" in wanted))
     states = 4 * texts * (2 * width + LENGTH)
-    return RUNNING + TOKENIZING + weights + passes * (states + kept) + 4 * 4 * LENGTH * ffn
+    return memory.RUNNING + TOKENIZING + weights + passes * (states + kept) + 4 * 4 * LENGTH * ffn
 
 
 def _recipe(job: Job) -> int:
@@ -158,19 +141,3 @@ def _recipe(job: Job) -> int:
     ask = getattr(job.method.method, "work_bytes", lambda *_: 0)
     decided = len(job.sparse) * (8 * shape.experts * shape.width + 4 * shape.rows * width)
     return ask(width, ffn, job.method.options) + decided
-
-
-def _unit(tensors: Iterable[TensorInfo]) -> int:
-    """Bytes in float32 of the largest decoder layer, or of the largest tensor outside the layers where that is more."""
-    layers: dict[str, int] = {}
-    for info in tensors:
-        found = re.match(r"(?:.*?\.)?(?:layers?|h)\.(\d+)\.", info.name)
-        key = found[1] if found else info.name
-        layers[key] = layers.get(key, 0) + 4 * info.size
-    return max(layers.values())
-
-
-def _read(checkpoint: Checkpoint, info: TensorInfo) -> int:
-    """Bytes that reading a whole tensor takes; what does not lie in a file as it is, is computed in float32."""
-    beside = 0 if checkpoint.extent(info.name) is not None else 4 * info.size
-    return max(checkpoint.read_memory(info.name, info.nbytes), info.nbytes + beside)

@@ -110,5 +110,6 @@ def test_names_are_read_by_component():
     assert role("model.layers.1.block_sparse_moe.input_linear.weight", 5, 4, 3) == "experts"
     assert place_of("model.layers.12.mlp.experts.7.w1.weight") == (12, 7)
     assert place_of("model.layers.12.mlp.experts.gate_up_proj") == (12, None)
+    assert place_of("bert.encoder.layer.5.intermediate.dense.weight") == (5, None)
     assert place_of("model.norm.weight") == (None, None)
     assert spans((3, 1, 2, 9, 7)) == "1-3, 7, 9"

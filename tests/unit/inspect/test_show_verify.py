@@ -1,6 +1,7 @@
 """`show` and `verify` on what the real verbs wrote."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -11,6 +12,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from moeforge.errors import BadInput, ExitCode, MoeforgeError
+from moeforge.options import format_bytes
+from moeforge.testing import inprocess
 from moeforge.testing.command import run
 from moeforge.testing.models import save_tiny
 from moeforge.testing.mutations import manifest_changed
@@ -150,6 +153,18 @@ def test_verify_says_what_it_could_not_prove(ask, copy):
     reparent(copy, ref=str(copy / "gone"))
     assert "cannot be opened" in ask(Verify, copy).data["skipped"][0]
     assert ask(Verify, copy, proof=False).data["skipped"] == []
+
+
+def test_verify_foresees_the_memory_of_the_proof_as_upcycle_does(ask, copy, dense, monkeypatch):
+    from moeforge.model import memory
+
+    phases = inprocess.plan("upcycle", dense, experts=4, top_k=2, verify=True).facts["peak_memory_by_phase_bytes"]
+    enough = math.ceil(phases["proof"] * 4 / 3)
+    monkeypatch.setattr(memory, "available_memory", lambda: enough)
+    assert ask(Verify, copy).data["skipped"] == []
+    monkeypatch.setattr(memory, "available_memory", lambda: enough - 2)
+    wanted = f"equality: the proof takes {format_bytes(phases['proof'])} of memory, more than is free"
+    assert ask(Verify, copy).data["skipped"] == [wanted]
 
 
 def reparent(directory, **changes):

@@ -8,8 +8,8 @@ from safetensors.numpy import save_file
 
 from moeforge.checkpoint.architectures import find
 from moeforge.errors import ExitCode, MachineLacks
+from moeforge.model import memory
 from moeforge.testing import command, inprocess
-from moeforge_upcycle import memory
 
 SIZES = {
     "model_type": "llama",
@@ -117,7 +117,7 @@ def test_a_proof_that_does_not_fit_is_not_planned(large):
 def test_a_limit_above_what_the_machine_has_makes_it_no_larger(large, monkeypatch):
     """A proof that the free memory cannot hold is left out however much --max-memory would allow."""
     source, _ = large
-    monkeypatch.setattr("moeforge.model.proof.available_memory", lambda: 600_000_000)
+    monkeypatch.setattr("moeforge.model.memory.available_memory", lambda: 600_000_000)
     assert "proof" not in inprocess.plan("upcycle", source).facts["peak_memory_by_phase_bytes"]
     assert "proof" not in inprocess.plan("upcycle", source, max_memory=1 << 50).facts["peak_memory_by_phase_bytes"]
     asked = inprocess.plan("upcycle", source, max_memory=1 << 50, verify=True).facts["peak_memory_by_phase_bytes"]

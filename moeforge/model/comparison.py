@@ -93,6 +93,14 @@ class Comparison:
         self.kl += float(kl.sum())
         self.kl_max = worst(self.kl_max, float(kl.max()))
 
+    def add_values(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        """first, second: [N, D] that are no logits, so that nothing is chosen among."""
+        a, b = _precise(first), _precise(second)
+        self.tokens += len(a)
+        self.agreed += len(a)
+        self.difference = worst(self.difference, float((a - b).abs().max()))
+        self.scale = worst(self.scale, float(a.abs().max()))
+
     @property
     def finite(self) -> bool:
         losses = (self.first.loss, self.second.loss)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.base import Checkpoint
-from .build import build, decoder_layers, ffn_modules
+from .build import build, decoder_layers, ffn_modules, is_sparse
 from .weights import WeightMap
 
 
@@ -53,6 +53,11 @@ class State:
         """[B, T] bool: which tokens are no padding; None: all of them."""
         mask = self.inputs.get("attention_mask")
         return None if mask is None else mask.bool()
+
+    @property
+    def shown(self) -> torch.Tensor:
+        """The hidden states of what is no padding: [B, T, D], or [N, D] where there is some."""
+        return self.hidden if self.real is None else self.hidden[self.real]
 
 
 class StreamedModel:
@@ -136,7 +141,14 @@ class StreamedModel:
                 # the base model stops before the head
                 self.module.base_model(**self._arguments(inputs))
             states.append(State(inputs, first[0], calls))
+        self._tell(None)
         return states
+
+    def _tell(self, real: torch.Tensor | None) -> None:
+        """Routers of a model with mixtures learn which tokens are padding; in between nobody says."""
+        context = getattr(self.module, "mixture_context", None)
+        if context is not None:
+            context.begin(real)
 
     def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """What the model is called with; models of pixels know no cache."""
@@ -157,7 +169,9 @@ class StreamedModel:
     def advance(self, state: State, layer: nn.Module) -> None:
         """Run one batch through the layer that its hidden states have reached."""
         args, kwargs = state.calls[state.index]
+        self._tell(state.real)
         answer = layer(state.hidden, *args, **kwargs)
+        self._tell(None)
         self._answers_tuples = isinstance(answer, tuple)
         state.hidden = _first(answer)
         state.index += 1
@@ -174,15 +188,16 @@ class StreamedModel:
             return self.module(inputs_embeds=torch.zeros_like(last), use_cache=False).logits
 
     @torch.no_grad()
-    def outputs(self, state: State) -> torch.Tensor:
-        """What a model that is no language model makes of a state that has been through every layer: its head's logits, or the
-        hidden states [B, T, D] of one without a head."""
+    def outputs(self, state: State) -> dict[str, torch.Tensor]:
+        """What a model that is no language model makes of a state that has been through every layer: its head's `logits`
+        (`start_logits`, ...), or `last_hidden_state` [B, T, D] and `pooler_output` [B, D] of one without a head."""
         if state.index != self.depth:
             raise ValueError(f"state has been through {state.index} of {self.depth} layers")
         answer = (state.hidden,) if self._answers_tuples else state.hidden
         with self._replaced(lambda hidden, *args, **kwargs: answer):
             found = self.module(**self._arguments(state.inputs))
-        return next(value for name, value in found.items() if name.endswith("logits") or name == "last_hidden_state")
+        wanted = ("logits", "last_hidden_state", "pooler_output", "reconstruction")
+        return {name: value for name, value in found.items() if name.endswith(wanted)}
 
     def run(
         self,
@@ -227,12 +242,13 @@ def ffn_calls(layer: nn.Module, run: Callable[[], None]) -> list[tuple[torch.Ten
     inputs: list[torch.Tensor] = []
     outputs: list[list[torch.Tensor]] = []
     handles = []
-    for position, module in enumerate(ffn_modules(layer).values()):
+    for position, (entrance, exit) in enumerate(_ends(layer)):
         answers: list[torch.Tensor] = []
         outputs.append(answers)
         if position == 0:
-            handles.append(module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
-        handles.append(module.register_forward_hook(lambda _, __, out, answers=answers: answers.append(_first(out))))
+            handles.append(entrance.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+        # a copy: what is added to it afterwards may be added in place
+        handles.append(exit.register_forward_hook(lambda _, __, out, to=answers: to.append(_first(out).clone())))
     try:
         run()
     finally:
@@ -243,13 +259,29 @@ def ffn_calls(layer: nn.Module, run: Callable[[], None]) -> list[tuple[torch.Ten
 
 
 def ffn_output(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """The sum of a layer's feed-forward modules on `inputs` [B, T, D]."""
+    """What a layer's feed-forward block answers to `inputs` [B, T, D]."""
     total: torch.Tensor | None = None
-    for module in ffn_modules(layer).values():
-        out = _first(module(inputs))
+    for entrance, exit in _ends(layer):
+        out = _first(entrance(inputs))
+        if exit is not entrance:
+            out = exit(out)
         total = out if total is None else total + out
     assert total is not None
     return total
+
+
+def _ends(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(module that gets the block's input, module that gives its answer) for each of the modules whose answers are summed.
+
+    A dense block that is spread over two modules (BERT's `intermediate` and `output`, which also normalises) begins with the
+    first and ends with the last matrix of the second.
+    """
+    parts = ffn_modules(layer)
+    if len(parts) != 2 or is_sparse(parts):
+        return [(module, module) for module in parts.values()]
+    first, last = parts.values()
+    inner = [module for module in last.modules() if any(p.ndim >= 2 for p in module.parameters(recurse=False))]
+    return [(first, inner[-1])]
 
 
 def _first(out: Any) -> torch.Tensor:

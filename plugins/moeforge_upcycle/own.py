@@ -47,8 +47,11 @@ def target(family: Architecture, parent: Parent) -> Target:
     before = family.layer.format(layer=0)
     names: dict[str, list[Matrix]] = {}
     for role in parent.matrices:
-        name = family.apart.get(role, parent.parts[role, 0].called.removeprefix(before))
-        names.setdefault(name, []).append(role)
+        names.setdefault(parent.parts[role, 0].called.removeprefix(before), []).append(role)
+    fused = [(name, role) for name, of in names.items() if len(of) > 1 for role in of if role in family.apart]
+    for name, role in fused:
+        names.pop(name, None)
+        names[family.apart[role]] = [role]
     root = expert_names.root(names)
 
     def slots(member: str) -> tuple[Slot, ...]:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moeforge_kernels.pairs import Pairs
+from moeforge_kernels.pairs import Pairs, pairs_from_slots
+
+from .select import Score, score
 
 
 class Routing(NamedTuple):
@@ -43,3 +45,18 @@ class Routing(NamedTuple):
             return x
         scale = self.input_scale.view(-1, *[1] * (x.ndim - 1))
         return (x.to(torch.promote_types(x.dtype, scale.dtype)) * scale).to(x.dtype)
+
+
+def routing_of_choice(
+    logits: Tensor, weights: Tensor, chosen: Tensor, experts: int, scoring: Score, real: Tensor | None = None
+) -> Routing:
+    """What a router that is not ours decided, said as ours say it.
+
+    Args:
+        logits: [T, E]. weights, chosen: [T, K].
+        real: [T] bool; padding is taken out of the choice.
+    """
+    if real is not None:
+        chosen = chosen.masked_fill(~real.unsqueeze(-1), experts)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return Routing(pairs_from_slots(chosen, weights.to(wide), experts), logits, score(logits.to(wide), scoring), real)

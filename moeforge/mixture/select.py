@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NEVER = float("-inf")
+Score = Literal["softmax", "sigmoid"]
 
 
 def best(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ def best(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ordered[..., :k], index[..., :k]
 
 
-def score(logits: Tensor, kind: Literal["softmax", "sigmoid"]) -> Tensor:
+def score(logits: Tensor, kind: Score) -> Tensor:
     """[T, E] -> [T, E]; 0 where a logit is -inf."""
     return logits.softmax(-1) if kind == "softmax" else logits.sigmoid()
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from moeforge_kernels.pairs import pairs_from_slots
 
 from ..mixture.context import MixtureContext
 from ..mixture.experts.base import Experts
 from ..mixture.layer import MixtureLayer
 from ..mixture.router import Router
-from ..mixture.routing import Routing
-from ..mixture.select import score
+from ..mixture.routing import Routing, routing_of_choice
+from ..mixture.select import Score
 from ..mixture.shared import Following, SharedRouter
 
 
@@ -42,7 +39,7 @@ class Site:
     banks: tuple[nn.Module, ...]
     experts: int
     top_k: int
-    scoring: Literal["softmax", "sigmoid"]
+    scoring: Score
     noting: MixtureLayer | SharedRouter | None = None
 
     @property
@@ -96,7 +93,7 @@ def _is_router(module: nn.Module) -> bool:
     )
 
 
-def _scoring(router: nn.Module) -> Literal["softmax", "sigmoid"]:
+def _scoring(router: nn.Module) -> Score:
     """A selection-bias buffer is the mark of DeepSeek-V3's sigmoid routing; others say so by name."""
     declared = getattr(router, "expert_selection_fn", getattr(router, "scoring_func", None))
     if isinstance(declared, str):
@@ -117,21 +114,6 @@ def read_output(output: Any, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
             if not chosen.is_floating_point() and chosen.shape[-1] == top_k and logits.is_floating_point():
                 return logits.flatten(0, -2), weights.reshape(-1, top_k), chosen.flatten(0, -2)
     raise TypeError("not a router: its output is no tuple of logits, weights and indices")
-
-
-def routing_of(output: Any, site: Site, real: Tensor | None) -> Routing:
-    """What a router that is not ours said, as ours say it; padding is taken out of its choice.
-
-    Raises:
-        TypeError: see :func:`read_output`.
-    """
-    logits, weights, chosen = read_output(output, site.top_k)
-    if real is not None:
-        chosen = chosen.masked_fill(~real.unsqueeze(-1), site.experts)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return Routing(
-        pairs_from_slots(chosen, weights.to(wide), site.experts), logits, score(logits.to(wide), site.scoring), real
-    )
 
 
 @contextlib.contextmanager
@@ -171,6 +153,7 @@ def watch(sites: list[Site], real: Tensor | None = None) -> Iterator[dict[str, R
     flat = None if real is None else real.flatten()
     for site in sites:
         if site.name in outputs:
-            seen[site.name] = routing_of(outputs[site.name], site, flat)
+            logits, weights, chosen = read_output(outputs[site.name], site.top_k)
+            seen[site.name] = routing_of_choice(logits, weights, chosen, site.experts, site.scoring, flat)
         elif site.name in noted:
             seen[site.name] = noted[site.name]

@@ -6,6 +6,7 @@ backend asked for by name that cannot is an error: nothing falls back in silence
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -25,7 +26,7 @@ class Backend:
 
     Attributes:
         name: `reference`, `torch`, `cpu`, `triton`.
-        target: "module:function" below this package, imported when first used.
+        target: "module:function" below this package.
         why_not: called with the op's arguments; one sentence on what is in the way, or None.
     """
 
@@ -33,15 +34,10 @@ class Backend:
     target: str
     why_not: Callable[..., str | None]
 
-    @property
+    @functools.cached_property
     def function(self) -> Callable[..., Any]:
-        return _resolve(self.target)
-
-
-@torch.compiler.assume_constant_result  # torch.compile does not trace an import
-def _resolve(target: str) -> Callable[..., Any]:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
 class Op:
@@ -50,6 +46,10 @@ class Op:
     def __init__(self, name: str, *backends: Backend) -> None:
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
+        for backend in backends:
+            # now, as torch.compile does not trace an import; Triton only where it may run, as importing it takes a second
+            if backend.name != "triton" or None in map(triton_is_usable, ("cuda", "cpu")):
+                _ = backend.function
 
     def choose(self, asked: str | None, *args: Any, **kwargs: Any) -> Backend:
         """The backend for these arguments.

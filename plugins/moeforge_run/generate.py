@@ -11,11 +11,12 @@ from moeforge.errors import BadInput, UsageProblem
 from moeforge.options import arg, opt
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
+from moeforge.pipeline.reading import Decoding
 from moeforge.pipeline.stage import Answer
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Decoding):
     prompt: str = arg("what to continue, or to answer")
     max_new_tokens: int = opt("stop after this many tokens", default=64, min=1, short="-n")
     temperature: float = opt("randomness; 0 takes the likeliest token every time", default=0.0, min=0.0)
@@ -26,8 +27,6 @@ class Options:
     chat: bool | None = opt("put the prompt through the chat template", default=None)
     dtype: str | None = opt("float type to compute in, e.g. bfloat16; unset: the checkpoint's", default=None)
     device: str = opt("where to run: cpu, cuda, cuda:1, mps", default="cpu")
-    dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
     def __post_init__(self) -> None:
         if self.top_p < 1 and self.temperature == 0:
@@ -54,6 +53,7 @@ class Generate:
 
         from moeforge.checkpoint import open_checkpoint
         from moeforge.model.compute import check_compute
+        from moeforge.model.build import require_generation
         from moeforge.model.load import load
         from moeforge.model.tokenizer import load_tokenizer
 
@@ -63,11 +63,13 @@ class Generate:
         with open_checkpoint(
             sources[0].ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True
         ) as checkpoint:
+            require_generation(checkpoint.config, checkpoint.ref)
             tokenizer = load_tokenizer(checkpoint)
             inputs = encode(tokenizer, options.prompt, options.chat)
             check_length(len(inputs), options.max_new_tokens, checkpoint.config)
             ctx.say(f"loading {checkpoint.ref}")
             model = load(checkpoint, dtype=options.dtype, device=options.device)
+        use_kernels_where_faster(model)
         loaded = time.monotonic()
         ids = torch.tensor([inputs], device=options.device)
         sampling: dict[str, Any] = {"do_sample": False}

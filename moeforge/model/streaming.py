@@ -242,7 +242,7 @@ def ffn_calls(layer: nn.Module, run: Callable[[], None]) -> list[tuple[torch.Ten
     inputs: list[torch.Tensor] = []
     outputs: list[list[torch.Tensor]] = []
     handles = []
-    for position, (entrance, exit) in enumerate(_ends(layer)):
+    for position, (entrance, exit) in enumerate(ffn_ends(layer)):
         answers: list[torch.Tensor] = []
         outputs.append(answers)
         if position == 0:
@@ -261,7 +261,7 @@ def ffn_calls(layer: nn.Module, run: Callable[[], None]) -> list[tuple[torch.Ten
 def ffn_output(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """What a layer's feed-forward block answers to `inputs` [B, T, D]."""
     total: torch.Tensor | None = None
-    for entrance, exit in _ends(layer):
+    for entrance, exit in ffn_ends(layer):
         out = _first(entrance(inputs))
         if exit is not entrance:
             out = exit(out)
@@ -270,7 +270,7 @@ def ffn_output(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _ends(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def ffn_ends(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """(module that gets the block's input, module that gives its answer) for each of the modules whose answers are summed.
 
     A dense block that is spread over two modules (BERT's `intermediate` and `output`, which also normalises) begins with the

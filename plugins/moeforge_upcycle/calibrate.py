@@ -47,7 +47,7 @@ def calibrate(
     Weights are read once, one decoder layer in memory; the model stops after the last layer asked for.
 
     Args:
-        checkpoint: a dense causal language model.
+        checkpoint: a dense model of text.
         layers: which layers to measure.
         needs: names out of `FIELDS`, or of the LayerStats fields themselves.
         domains: for each domain its sequences of token ids, unpadded.
@@ -120,6 +120,7 @@ class _Meter:
 
     def __init__(self, layer: torch.nn.Module, wanted: frozenset[str], domains: int) -> None:
         from moeforge.model.build import ffn_modules, is_sparse
+        from moeforge.model.streaming import ffn_ends
 
         parts = ffn_modules(layer)
         if is_sparse(parts):
@@ -129,10 +130,10 @@ class _Meter:
         self._tokens = 0
         self._sums: dict[str, Any] = {}
         self._kept: dict[str, list[np.ndarray]] = {"samples": [], "labels": [], "activations": []}
-        first = next(iter(parts.values()))
-        self._handles = [first.register_forward_pre_hook(lambda _, args: self._inputs(args[0]))]
+        entrance, exit = ffn_ends(layer)[0]
+        self._handles = [entrance.register_forward_pre_hook(lambda _, args: self._inputs(args[0]))]
         if wanted & {"activation", "rate", "activations"}:
-            self._handles.append(_down(first).register_forward_pre_hook(lambda _, args: self._hidden(args[0])))
+            self._handles.append(_down(exit).register_forward_pre_hook(lambda _, args: self._hidden(args[0])))
 
     def expect(self, label: int, rows: np.ndarray) -> None:
         """The next sequence is of domain `label`, and its tokens `rows` (the first token not counted) are kept."""
@@ -192,8 +193,6 @@ class _Meter:
         return LayerStats(**found)
 
 
-def _down(ffn: torch.nn.Module) -> torch.nn.Linear:
-    """The down projection of a dense FFN: the last linear layer, whatever it is called."""
-    import torch
-
-    return [module for module in ffn.modules() if isinstance(module, torch.nn.Linear)][-1]
+def _down(ffn: torch.nn.Module) -> torch.nn.Module:
+    """The down projection of a dense FFN: the last module with a matrix of its own, whatever it is called."""
+    return [module for module in ffn.modules() if any(p.ndim == 2 for p in module.parameters(recurse=False))][-1]

@@ -1,5 +1,6 @@
 """Against hooks on the whole stock model in float64."""
 
+import json
 import math
 
 import numpy as np
@@ -12,17 +13,22 @@ from moeforge.testing.models import save_tiny
 from moeforge_upcycle.calibrate import ACTIVE, FIELDS, calibrate
 
 DOMAINS = [[[1, 5, 9, 44, 8, 3, 77], [1, 6, 6]], [[1, 120, 7, 99]], [[1, 3, 3, 8, 8, 150, 2, 2, 61]]]
+PLACES = {"gpt2": ("h", "mlp", "mlp.c_proj"), "falcon": ("h", "mlp", "mlp.dense_4h_to_h"),
+          "bert": ("encoder.layer", "intermediate", "output.dense")}  # fmt: skip
+"""Model type -> list of layers, what gets the router's input, what leads out; else as in Llama."""
 
 
 def reference(directory, index):
     """(router inputs [N, D], activations [N, F], labels [N]) of layer `index`, first tokens left out, in float64."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
-    layer = model.model.layers[index]
+    (name,) = json.loads((directory / "config.json").read_text())["architectures"]
+    model = getattr(transformers, name).from_pretrained(directory, dtype=torch.float64).eval()
+    layers, ffn, down = PLACES.get(model.config.model_type, ("layers", "mlp", "mlp.down_proj"))
+    layer = model.base_model.get_submodule(f"{layers}.{index}")
     inputs, hidden, labels = [], [], []
-    layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0, 1:].numpy()))
-    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0, 1:].numpy()))
+    layer.get_submodule(ffn).register_forward_pre_hook(lambda _, args: inputs.append(args[0][0, 1:].numpy()))
+    layer.get_submodule(down).register_forward_pre_hook(lambda _, args: hidden.append(args[0][0, 1:].numpy()))
     with torch.no_grad():
         for label, texts in enumerate(DOMAINS):
             for ids in texts:
@@ -31,7 +37,7 @@ def reference(directory, index):
     return np.concatenate(inputs), np.concatenate(hidden), np.array(labels)
 
 
-@pytest.fixture(scope="module", params=["llama", "phi3", "olmo2", "cohere2"])
+@pytest.fixture(scope="module", params=["llama", "phi3", "olmo2", "cohere2", "gpt2", "falcon", "bert"])
 def measured(request, tmp_path_factory):
     directory = save_tiny(tmp_path_factory.mktemp("dense"), request.param)
     with open_checkpoint(str(directory)) as checkpoint:

@@ -52,8 +52,9 @@ class Generate:
         import transformers
 
         from moeforge.checkpoint import open_checkpoint
-        from moeforge.model.compute import check_compute
         from moeforge.model.build import require_generation
+        from moeforge.model.compute import check_compute
+        from moeforge.model.kernels import use_kernels_where_faster
         from moeforge.model.load import load
         from moeforge.model.tokenizer import load_tokenizer
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 import tomllib
@@ -193,10 +194,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def specs(cls: type) -> list[Spec]:
-    """The resolved fields of an options dataclass, in order."""
-    hints = typing.get_type_hints(cls)
+    """The resolved fields of an options dataclass, in order; what it shares with others (inherits) comes after its own."""
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
     found = []
-    for field in dataclasses.fields(cls):
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own):
         hint, optional, many = hints[field.name], False, False
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
             inner = [a for a in typing.get_args(hint) if a is not type(None)]

@@ -17,6 +17,7 @@ from moeforge.errors import BadInput, UsageProblem
 from moeforge.options import Bytes, format_bytes, opt
 from moeforge.pipeline.artifact import Artifact, Plan
 from moeforge.pipeline.context import Context
+from moeforge.pipeline.reading import Decoding
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.pipeline.workspace import Workspace
 
@@ -25,13 +26,11 @@ from .codec import Codec
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Decoding):
     include: tuple[Literal["lm_head"], ...] = opt("compress this too, which is left alone by default", default=())
     eval: bool = opt("measure perplexity and KL against the parent, layer by layer", default=True)
     eval_tokens: int = opt("tokens of text to measure on", default=1024, min=256)
     max_shard_size: Bytes = opt("largest safetensors file", default=Bytes(5_000_000_000), unit="bytes")
-    dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from typing import Literal
 
 from moeforge.errors import UsageProblem
 from moeforge.options import Bytes, opt
+from moeforge.pipeline.reading import Reading
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Reading):
     to: Literal["hf", "gguf"] = opt("hf: a plain Hugging Face directory; gguf: a file for llama.cpp")
     type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = opt(
         "number format of the weights; auto keeps the source's", default="auto"
     )
     max_shard_size: Bytes = opt("largest safetensors file", default=Bytes(5_000_000_000), unit="bytes")
     dequantize: bool = opt("accept a source that is quantised or compressed, and decode it first", default=False)
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
     def __post_init__(self) -> None:
         if self.to == "hf" and self.type == "q8_0":

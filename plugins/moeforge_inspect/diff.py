@@ -16,6 +16,7 @@ from moeforge.errors import ExitCode
 from moeforge.options import opt
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
+from moeforge.pipeline.reading import Reading
 from moeforge.pipeline.stage import Answer
 
 CHUNK_BYTES = 32 << 20
@@ -24,7 +25,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Reading):
     values: bool = opt("compare the values of tensors, not only names, dtypes and shapes", default=True)
     config_only: bool = opt("compare only the config", default=False)
     tolerance: float = opt(
@@ -34,7 +35,6 @@ class Options:
     dequantize: bool = opt(
         "compare quantised weights by the values they stand for, not as they are stored", default=False
     )
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
 
 class Diff:

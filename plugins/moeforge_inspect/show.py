@@ -17,15 +17,15 @@ from moeforge.options import format_bytes, opt
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.describe import describe_value
+from moeforge.pipeline.reading import Reading
 from moeforge.pipeline.stage import Answer
 
 from .lineage import describe, licence, lineage
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Reading):
     tensors: bool = opt("list every tensor", default=False)
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
 
 class Show:

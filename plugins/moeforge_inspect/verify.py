@@ -14,16 +14,16 @@ from moeforge.errors import BadInput, ExitCode, MachineLacks
 from moeforge.options import format_bytes, opt
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
+from moeforge.pipeline.reading import Reading
 from moeforge.pipeline.stage import Answer
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Reading):
     rehash: bool = opt("read every file again and compare digests", default=True)
     proof: bool = opt(
         "repeat the equality proof where exactness was promised and the parent is still there", default=True
     )
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
 
 @dataclass

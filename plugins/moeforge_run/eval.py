@@ -10,13 +10,14 @@ from moeforge.errors import UsageProblem
 from moeforge.options import opt
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
+from moeforge.pipeline.reading import Decoding
 from moeforge.pipeline.stage import Answer
 from moeforge.report.table import table
 from moeforge.train.metrics import perplexity_text
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Decoding):
     data: tuple[str, ...] = opt("text to predict: .txt .md .rst .py .jsonl .parquet, a directory, a dataset of the Hub "
                                 "(org/name[@revision][:split]), or builtin:prose, builtin:code, builtin:legal; "
                                 "SOURCE=WEIGHT, as `tune` takes it, so that --held-out finds the same",
@@ -37,8 +38,6 @@ class Options:
     lm_eval: tuple[str, ...] = opt("tasks of lm-evaluation-harness, run on the loaded model: hellaswag, arc_easy, ...",
                                    default=(), metavar="TASKS")  # fmt: skip
     limit: int | None = opt("with --lm-eval: this many examples of each task", default=None, min=1)
-    dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
 
     def __post_init__(self) -> None:
         if not self.data and not self.lm_eval:

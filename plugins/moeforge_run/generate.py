@@ -53,6 +53,7 @@ class Generate:
 
         from moeforge.checkpoint import open_checkpoint
         from moeforge.model.build import require_generation
+        from moeforge.model.build import require_generation
         from moeforge.model.compute import check_compute
         from moeforge.model.kernels import use_kernels_where_faster
         from moeforge.model.load import load
@@ -64,6 +65,7 @@ class Generate:
         with open_checkpoint(
             sources[0].ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True
         ) as checkpoint:
+            require_generation(checkpoint.config, checkpoint.ref)
             require_generation(checkpoint.config, checkpoint.ref)
             tokenizer = load_tokenizer(checkpoint)
             inputs = encode(tokenizer, options.prompt, options.chat)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from moeforge.errors import UsageProblem
 from moeforge.options import Bytes, opt
+from moeforge.pipeline.reading import Decoding
 
 from . import advice
 
@@ -16,7 +17,7 @@ EXPERTS = 8
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Decoding):
     experts: int | None = opt(
         f"routed experts in every sparse layer (default: {EXPERTS}; for btx one of each checkpoint)",
         default=None,
@@ -62,8 +63,6 @@ class Options:
         "record the KL divergence when both models run in bfloat16, too; slow on a CPU without bfloat16", default=False
     )
     allow_inexact: bool = opt("turn reasons why the result cannot be exact into recorded warnings", default=False)
-    allow_pickle: bool = opt("read .bin files through torch's restricted unpickler", default=False)
-    dequantize: bool = opt("dequantise a quantised source instead of refusing it", default=False)
 
     dense_tokens: str | None = opt(
         "tokens that the dense model was trained on, such as 2T: with --planned-tokens, the plan says if upcycling pays",

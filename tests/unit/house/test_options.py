@@ -6,8 +6,10 @@ from typing import Literal
 
 import pytest
 
+from moeforge import registry
 from moeforge.errors import UsageProblem
 from moeforge.options import Bytes, build, format_bytes, opt, read_toml, specs, to_json
+from moeforge.pipeline.reading import Decoding, Reading
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,29 @@ def test_sizes_for_people():
 
 def test_specs_know_what_is_required():
     assert [s.name for s in specs(Options) if s.required] == ["experts"]
+
+
+def test_inherited_options_are_shared_and_come_last():
+    @dataclass(frozen=True)
+    class Mine(Decoding):
+        to: Literal["hf", "gguf"] = opt("required, though what is inherited has defaults")
+        share: float = opt("of the weights", default=0.5)
+
+    assert [spec.name for spec in specs(Mine)] == ["to", "share", "allow_pickle", "dequantize"]
+    made = build(Mine, {"to": "gguf", "allow_pickle": True})
+    assert made == Mine("gguf", allow_pickle=True)
+    assert list(to_json(made).items()) == [
+        ("to", "gguf"), ("share", 0.5), ("allow_pickle", True), ("dequantize", False),
+    ]  # fmt: skip
+
+
+def test_every_verb_that_can_read_pickles_asks_in_the_same_words():
+    wanted = {spec.name: spec for spec in specs(Reading)}["allow_pickle"]
+    asked = {
+        name: spec
+        for name in registry.entries("moeforge.verbs")
+        for spec in specs(registry.find("moeforge.verbs", name, "verb").load().Options)
+        if spec.name == "allow_pickle"
+    }
+    assert {"upcycle", "compress", "export", "show", "verify", "diff", "eval", "generate"} <= asked.keys()
+    assert {name: spec for name, spec in asked.items() if spec != wanted} == {}

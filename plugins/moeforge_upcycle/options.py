@@ -24,7 +24,10 @@ class Options(Decoding):
         min=2,
     )
     top_k: int = opt("experts that a token visits", default=2, min=1)
-    target: str = opt("layout of the result, or auto: the first that holds this model exactly", default="auto")
+    target: str = opt(
+        "layout of the result, or auto: the first native one that holds this model exactly, else moeforge, our own runtime's",
+        default="auto",
+    )
     layers: str = opt(
         "layers that become sparse: all, every:N, last-half, first:N, or a list such as 0,3,5-7", default="all"
     )

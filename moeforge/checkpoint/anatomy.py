@@ -95,28 +95,68 @@ def anatomy(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Ana
             if role in ("experts", "shared experts"):
                 blocks[layer].append((info, role, size))
     top_k = next((int(settings[key]) for key in TOP_K if isinstance(settings.get(key), int | float)), None)
-    alike: dict[tuple[int, int | None, int | None], list[int]] = defaultdict(list)
+    entries = _entries(settings)
+    alike: dict[tuple[int, int | None, int | None, int | None], list[int]] = defaultdict(list)
+    known = True
     idle = 0.0
     for layer, block in sorted(blocks.items()):
         experts = _experts(block)
         if experts == 0:
             continue
         width, shared = (_width(block, role, settings, experts) for role in ("experts", "shared experts"))
-        alike[experts, width, shared].append(layer)
-        if top_k is not None:
+        chosen = top_k
+        if layer in entries:
+            chosen, width, shared = entries[layer].top_k, entries[layer].width, entries[layer].shared_width
+        alike[experts, chosen, width, shared].append(layer)
+        if chosen is None:
+            known = False
+        else:
             stored = sum(size for _, role, size in block if role == "experts")
-            idle += stored * max(experts - top_k, 0) / experts
+            idle += stored * max(experts - chosen, 0) / experts
     mixtures = tuple(
-        Mixture(tuple(found), experts, top_k, width, shared) for (experts, width, shared), found in alike.items()
+        Mixture(tuple(found), experts, chosen, width, shared)
+        for (experts, chosen, width, shared), found in alike.items()
     )
     total = sum(by_role.values())
     return Anatomy(
-        model_type=settings.get("model_type"), architectures=tuple(settings.get("architectures") or ()),
+        model_type=config.get("model_type"), architectures=_classes(config),
         parameters_total=total,
-        parameters_active=None if mixtures and top_k is None else total - round(idle),
+        parameters_active=total - round(idle) if known else None,
         layers=len(layers), mixtures=mixtures, parameters_by_role=dict(by_role), bytes_by_role=dict(bytes_by_role),
         bytes_by_dtype=dict(bytes_by_dtype),
     )  # fmt: skip
+
+
+def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The model's class; of a model of ours, and the dense class that it is made of."""
+    base = config.get("base_config")
+    named = tuple(config.get("architectures") or ())
+    return named + (_classes(base) if isinstance(base, Mapping) else ())
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What our own config says about a layer's mixture."""
+
+    top_k: int | None
+    """None where the router decides token by token."""
+    width: int | None
+    shared_width: int | None
+
+
+def _entries(settings: Mapping[str, Any]) -> dict[int, _Entry]:
+    """Layer -> entry of our own `mixtures`."""
+    found: dict[int, _Entry] = {}
+    entries = settings.get("mixtures")
+    for entry in entries if isinstance(entries, list) else []:
+        router, experts, shared = (entry.get(key) or {} for key in ("router", "experts", "shared"))
+        fixed = {"topk": router.get("top_k"), "expert_choice": router.get("top_k"), "switch": 1, "fixed": 1,
+                 "all": experts.get("count")}  # fmt: skip
+        made = _Entry(
+            fixed.get(router.get("select", "topk")), experts.get("width") or None, shared.get("width") or None
+        )
+        found |= dict.fromkeys(entry.get("layers") or (), made)
+    return found
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +193,7 @@ def _width(
     block: list[tuple[TensorInfo, Role, int]], wanted: Role, settings: Mapping[str, Any], experts: int
 ) -> int | None:
     """FFN width of the experts (or of what is shared), from the parameters of the matrix that leads out of them."""
-    hidden = settings.get("hidden_size")
+    hidden = settings.get("hidden_size", settings.get("n_embd"))
     sizes = [size for info, role, size in block if role == wanted and set(info.name.split(".")) & set(WIDTH_ROLES)
              and not info.name.endswith("bias")]  # fmt: skip
     if not sizes or not isinstance(hidden, int) or hidden < 1:

@@ -33,7 +33,7 @@ _BY_COMPONENT: tuple[tuple[Role, frozenset[str]], ...] = (
     ("attention", frozenset({"self_attn", "attn", "attention", "self_attention", "linear_attn", "cross_attn"})),
     ("feed-forward", _FFN),
 )  # fmt: skip
-_PLACE = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(?:.*\.experts\.(\d+)\.)?")
+_PLACE = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(?:(?:.*\.)?experts\.(\d+)\.)?")
 
 
 def role_of(info: TensorInfo) -> Role:

@@ -80,6 +80,19 @@ def head_of(config: PreTrainedConfig, named: Sequence[str]) -> str:
     return CAUSAL
 
 
+def require_generation(config: Mapping[str, Any], ref: str) -> None:
+    """Refuse what is no language model, where text is to be continued or its loss to be measured.
+
+    Raises:
+        BadInput: names what it is.
+    """
+    head = head_of(parse_config(config), config.get("architectures") or ())
+    if head not in (CAUSAL, "AutoModelForImageTextToText"):
+        raise BadInput(
+            f"{ref}: {', '.join(config['architectures'])} is {HEADS[head]}; this needs a causal language model"
+        )
+
+
 def _is_decoder(config: PreTrainedConfig) -> bool:
     import transformers
 

@@ -14,6 +14,7 @@ from ..checkpoint.anatomy import plain_config
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.open import COMPRESSION
 from ..checkpoint.quantized import wrap
+from ..model.build import require_generation
 from ..model.load import load
 from ..model.memory import available_memory
 from ..model.streaming import State, StreamedModel
@@ -57,6 +58,7 @@ class Whole:
     tokens_at_once = 1.0
 
     def __init__(self, checkpoint: Checkpoint, dtype: str | None, device: str) -> None:
+        require_generation(checkpoint.config, checkpoint.ref)
         self.ref, self.device, self.seconds = checkpoint.ref, torch.device(device), 0.0
         self.model = load(checkpoint, dtype=dtype, device=device)
         self.dtype = str(self.model.dtype).removeprefix("torch.")
@@ -78,6 +80,7 @@ class Layers:
     how = "layers"
 
     def __init__(self, checkpoint: Checkpoint, dtype: str | None, device: str) -> None:
+        require_generation(checkpoint.config, checkpoint.ref)
         if COMPRESSION in checkpoint.config:
             checkpoint = wrap(checkpoint, dequantize=True)
         dtype = dtype or str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")

@@ -53,7 +53,6 @@ class Generate:
 
         from moeforge.checkpoint import open_checkpoint
         from moeforge.model.build import require_generation
-        from moeforge.model.build import require_generation
         from moeforge.model.compute import check_compute
         from moeforge.model.kernels import use_kernels_where_faster
         from moeforge.model.load import load

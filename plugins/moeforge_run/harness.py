@@ -33,6 +33,7 @@ def run_tasks(checkpoint: Checkpoint, options: Any, ctx: Context) -> dict[str, d
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
+    from moeforge.model.build import require_generation
     from moeforge.model.compute import check_compute
     from moeforge.model.load import load
     from moeforge.model.tokenizer import load_tokenizer
@@ -45,6 +46,7 @@ def run_tasks(checkpoint: Checkpoint, options: Any, ctx: Context) -> dict[str, d
         if name not in known:
             raise UsageProblem(f"--lm-eval {name}: lm-evaluation-harness has no such task; {_near(name, known)}")
     dtype = options.dtype or ("float32" if options.device == "cpu" else None)
+    require_generation(checkpoint.config, checkpoint.ref)
     ctx.say(f"loading {checkpoint.ref} for {', '.join(tasks)}; lm-evaluation-harness takes over")
     tokenizer = load_tokenizer(checkpoint)
     model = HFLM(pretrained=load(checkpoint, dtype=dtype, device=options.device), tokenizer=tokenizer,

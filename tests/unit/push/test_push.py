@@ -11,7 +11,8 @@ from moeforge.checkpoint.digest import artifact_digest, file_digest
 from moeforge.hub import redact
 from moeforge.options import format_bytes
 from moeforge.testing.command import run
-from moeforge.testing.hub_server import MIDWAY, HubServer
+from moeforge.testing.hub_requests import MIDWAY
+from moeforge.testing.hub_server import HubServer
 from moeforge.testing.models import save_tiny
 
 FILES = {

@@ -5,10 +5,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from moeforge.checkpoint import open_checkpoint
-from moeforge.errors import GateRefused, MoeforgeError, UsageProblem
-from moeforge.pipeline.artifact import Artifact
+from moeforge.errors import GateRefused, MoeforgeError
 from moeforge.testing import inprocess
-from moeforge_upcycle import measure, memory, pairs, targets
+from moeforge_upcycle import measure, memory
 
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 DENSE = {"w1": "model.layers.{}.mlp.gate_proj.weight", "w3": "model.layers.{}.mlp.up_proj.weight", "w2": "model.layers.{}.mlp.down_proj.weight"}  # fmt: skip
@@ -330,76 +329,6 @@ def test_routers_from_text_leave_the_function_alone(init, tokenized, dense, upcy
         assert abs(counts["routers"][layer]["top1"] - (0.75 if done.manifest["facts"]["experts"] == 2 else 0.5)) < 0.01
 
 
-def test_a_plan_is_what_is_written(dense, upcycle):
-    src = dense("qwen3")
-    for method, options in (
-        ("copy", {"layers": "0,2"}),
-        ("shared", {"rank": "norm", "target": "glm4_moe"}),
-        ("split", {}),
-    ):
-        plan = inprocess.plan("upcycle", src, method, experts=4, **options)
-        done = upcycle(src, method, **options)
-        with open_checkpoint(str(done.path)) as made:
-            assert {info.name: (info.dtype, info.shape) for info in made.tensors.values()} == plan.tensors
-            assert made.config == plan.config
-        size = sum(info["bytes"] for name, info in done.manifest["files"].items() if name.endswith(".safetensors"))
-        assert size == plan.facts["write_bytes"]
-
-
-def test_a_plan_can_be_planned_upon(dense):
-    """The next stage of a dry-run pipe sees a checkpoint without bytes."""
-    src = dense("llama")
-    with open_checkpoint(str(src)) as checkpoint:
-        tensors = {info.name: [info.dtype, list(info.shape)] for info in checkpoint.tensors.values()}
-        artifact = Artifact("plan", "-", plan={"verb": "tune", "config": checkpoint.config, "tensors": tensors})
-    request = inprocess.request("upcycle", None, {"experts": 4})
-    plan = request.stage.plan(artifact, request.options, request.method)
-    assert plan.tensors == inprocess.plan("upcycle", src, experts=4).tensors
-
-
-def test_sizes_of_a_real_model():
-    """Qwen3-0.6B with 8 experts and 2 active: 2.45 B parameters, 0.86 B of them active (one FFN set is 264 M)."""
-    config = {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
-    }  # fmt: skip
-    from moeforge.checkpoint.architectures import architecture
-
-    family = architecture(config)
-    hidden, ffn = 1024, 3072
-    sizes = {"embed": (151936, hidden), "q": (2048, hidden), "k": (1024, hidden), "v": (1024, hidden), "o": (hidden, 2048),
-             "gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn), "q_norm": (128,), "k_norm": (128,)}  # fmt: skip
-    tensors = {
-        part.name: ["BF16", list(sizes.get(role, (hidden,)))]
-        for (role, _), part in family.locate(family.resolve(config)).items()
-    }
-    artifact = Artifact("plan", "-", plan={"verb": "tune", "config": config, "tensors": tensors})
-    request = inprocess.request("upcycle", "copy", {})
-    facts = request.stage.plan(artifact, request.options, request.method).facts
-    before = sum(int(np.prod(shape)) for _, shape in tensors.values())
-    assert facts["parameters_total"] == before + 28 * (3 * hidden * ffn * 7 + 8 * hidden)
-    assert facts["parameters_active"] == before + 28 * (3 * hidden * ffn * 1 + 8 * hidden)
-    assert round(facts["parameters_total"] / 1e9, 2) == 2.45
-    assert round(facts["parameters_active"] / 1e9, 2) == 0.86
-
-
-@pytest.mark.parametrize(
-    ("planned", "said"), [("100B", "upcycle; it pays less"), ("4T", "training a mixture from scratch does better")]
-)
-def test_advice_on_tokens_changes_nothing(planned, said, dense):
-    """2 T tokens of a dense model against what the mixture, with about as many active parameters, is to see."""
-    plan = inprocess.plan("upcycle", dense("llama"), top_k=1, dense_tokens="2T", planned_tokens=planned)
-    assert said in plan.facts["advice"]
-    assert "optimiser state" in plan.facts["not_carried"]
-    bare = inprocess.plan("upcycle", dense("llama"), top_k=1)
-    assert "advice" not in bare.facts
-    assert bare.tensors == plan.tensors
-    with pytest.raises(UsageProblem, match="go together"):
-        inprocess.plan("upcycle", dense("llama"), planned_tokens=planned)
-    with pytest.raises(UsageProblem, match="--dense-tokens 'lots': not a number of tokens"):
-        inprocess.plan("upcycle", dense("llama"), dense_tokens="lots", planned_tokens=planned)
-
-
 def test_a_failed_proof_is_a_gate(dense, upcycle, monkeypatch):
     """A defect in the conversion itself: layer 1's experts come out wrong, and the proof of the written files says so."""
     from moeforge_upcycle.experts import Blueprint
@@ -412,59 +341,3 @@ def test_a_failed_proof_is_a_gate(dense, upcycle, monkeypatch):
     monkeypatch.setattr(Blueprint, "_make", wrong)
     with pytest.raises(GateRefused, match="first differing layer 1"):
         upcycle(dense("llama"), "split", verify=True)
-
-
-def test_portability_is_told(dense):
-    def verdicts(source, norm_topk=True, **config):
-        found = inprocess.plan("upcycle", dense(source, **config), norm_topk=norm_topk).verdicts["portability"]
-        assert set(found) == {"transformers", "vllm", "llama.cpp"}
-        return found
-
-    assert verdicts("llama")["llama.cpp"] == "exact"
-    assert verdicts("mistral")["llama.cpp"] == "exact"
-    assert verdicts("qwen2")["llama.cpp"].startswith("inexact: ")
-    assert "output.weight" in verdicts("qwen2", norm_topk=False, tie_word_embeddings=True)["llama.cpp"]
-    assert "sliding_window" in verdicts("mistral", sliding_window=8)["llama.cpp"]
-    assert verdicts("olmo2")["llama.cpp"].startswith("unsupported: ")
-    assert verdicts("qwen3")["llama.cpp"] == "exact"
-    assert verdicts("qwen3", norm_topk=False)["llama.cpp"].startswith("inexact: ")
-
-
-def test_llama_cpp_is_promised_only_what_export_writes(dense):
-    """A layout whose GGUF is not ours to write points to llama.cpp's own converter."""
-    from moeforge_export.gguf_model import families
-
-    written = {family.model_type for family in families()}
-    for name in targets.known():
-        verdict = targets.load(name).portability["llama.cpp"][-1]["verdict"]
-        assert (verdict == "exact") is (name in written), name
-    silent = inprocess.plan("upcycle", dense("qwen2"), norm_topk=False, router_init="zero")
-    assert silent.verdicts["portability"]["llama.cpp"] == "exact"
-    counts = inprocess.plan("upcycle", dense("qwen2"), "shared", rank="norm", target="qwen2_moe", norm_topk=False)
-    assert "divides 0 by 0" in counts.verdicts["portability"]["llama.cpp"]
-    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    windowed = inprocess.plan("upcycle", dense("qwen2", **window), norm_topk=False)
-    assert "whole context" in windowed.verdicts["portability"]["llama.cpp"]
-    glm = inprocess.plan("upcycle", dense("llama"), target="glm4_moe")
-    assert glm.verdicts["portability"]["llama.cpp"] == "exact through llama.cpp's own converter, not run here"
-
-
-RULES = [
-    (name, runtime, rule)
-    for name in targets.known()
-    for runtime, rules in targets.load(name).portability.items()
-    for rule in [*targets.load(name).portability_first.get(runtime, ()), *rules]
-]
-
-
-def test_every_portability_rule_speaks_of_settings_that_exist(dense):
-    """A rule on a misspelt key would never hold, and the verdict would be too good."""
-    for source in ("llama", "qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5"):
-        for pair in pairs.load(source)[0]:
-            plan = inprocess.plan("upcycle", dense(source), target=pair.target.model_type)
-            settings = {**plan.payload.settings, **plan.config}
-            for name, _, rule in RULES:
-                if name == pair.target.model_type:
-                    for predicate in rule.get("when", ()):
-                        assert predicate["key"].split(".")[0] in settings, (name, predicate)
-    assert {name for name, _, _ in RULES} == set(targets.known())

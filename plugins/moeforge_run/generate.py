@@ -65,7 +65,6 @@ class Generate:
             sources[0].ref, allow_pickle=options.allow_pickle, dequantize=options.dequantize, compressed=True
         ) as checkpoint:
             require_generation(checkpoint.config, checkpoint.ref)
-            require_generation(checkpoint.config, checkpoint.ref)
             tokenizer = load_tokenizer(checkpoint)
             inputs = encode(tokenizer, options.prompt, options.chat)
             check_length(len(inputs), options.max_new_tokens, checkpoint.config)

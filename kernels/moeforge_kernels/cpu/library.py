@@ -48,6 +48,7 @@ def functions() -> ctypes.CDLL:
     loaded.moeforge_call_bytes.restype = loaded.moeforge_has_bf16.restype = _INTEGER
     for entry in (loaded.moeforge_forward, loaded.moeforge_backward):
         entry.argtypes, entry.restype = (ctypes.POINTER(Call), _INTEGER), _INTEGER
+    loaded.moeforge_has_bf16()  # asks the system for the tiles, before anything uses them
     assert loaded.moeforge_call_bytes() == ctypes.sizeof(Call), "Call differs from source/call.h"
     return loaded
 
@@ -82,15 +83,18 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 LARGE = 8 << 20
-"""Bytes from which on zeros are pages that nobody has touched yet."""
+"""Bytes from which on memory is taken fresh from the system."""
 
 
-def zeros(like: Tensor) -> Tensor:
-    """Zeros of that shape and type, contiguous. Large ones are fresh pages of the system: what is never written (the gradients of experts
-    that nobody chose) costs neither time nor memory, and the rest comes in pages of 2 MB instead of 4 kB."""
-    size = math.prod(like.shape) * like.element_size()
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, clear: bool = False) -> Tensor:
+    """Contiguous; anything, or zeros where `clear`.
+
+    Large ones are pages of the system that nobody has touched: zeros that are never written (the gradients of experts that nobody chose)
+    cost neither time nor memory, and the rest comes in pages of 2 MB, as handing out pages of 4 kB takes longer than filling them.
+    """
+    size = math.prod(shape) * dtype.itemsize
     if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(like.shape, dtype=like.dtype)
+        return torch.zeros(shape, dtype=dtype) if clear else torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

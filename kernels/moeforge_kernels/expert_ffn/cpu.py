@@ -98,8 +98,9 @@ def _arguments(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Ten
 def _forward(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
              token: Tensor, offsets: Tensor, activation: str, gated: bool, keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     call, held = _arguments(x, weight, up, down, up_bias, down_bias, token, offsets, activation, gated)
-    out, before = _forward_shapes(x, weight, up, down, up_bias, down_bias, token, offsets, activation, gated, keep)
-    pairs = x.new_empty(len(token), down.shape[1])
+    out = torch.empty(x.shape, dtype=x.dtype)
+    before = library.fresh((len(token) if keep else 0, up.shape[1]), x.dtype)
+    pairs = library.fresh((len(token), down.shape[1]), x.dtype)
     call.hidden = before.data_ptr() if keep else None
     call.pairs, call.out = pairs.data_ptr(), out.data_ptr()
     library.run("forward", call, x.dtype)
@@ -119,12 +120,14 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor,
     made = [torch.empty(x.shape, dtype=x.dtype) if wanted[0] else x.new_empty(0)]
     gates = torch.zeros(weight.shape, dtype=torch.float32)
     for tensor, want in zip((up, down, up_bias, down_bias), wanted[2:], strict=True):
-        made.append(library.zeros(tensor) if tensor is not None and want else x.new_empty(0))
+        made.append(
+            library.fresh(tensor.shape, tensor.dtype, clear=True) if tensor is not None and want else x.new_empty(0)
+        )
     to_x, to_up, to_down, to_up_bias, to_down_bias = made
     names = {"x": to_x, "up": to_up, "down": to_down, "up_bias": to_up_bias, "down_bias": to_down_bias, "weight": gates}
     for (name, tensor), want in zip(names.items(), (wanted[0], *wanted[2:], wanted[1]), strict=True):
         setattr(call, f"grad_{name}", tensor.data_ptr() if want else None)
-    pairs = x.new_empty(len(token) if wanted[0] else 0, down.shape[1])
+    pairs = library.fresh((len(token) if wanted[0] else 0, down.shape[1]), x.dtype)
     call.pairs = pairs.data_ptr()
     library.run("backward", call, x.dtype)
     return [

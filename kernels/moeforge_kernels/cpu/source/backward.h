@@ -17,9 +17,9 @@ struct Backward {
     // What a group keeps between its products, an array a segment [rows, ...]; `rows` is rounded up to 32 everywhere and
     // filled with zeros, as rows are what the weights' gradients sum over.
     struct Scratch {
-        T *grad, *grad_t;          // dy [rows, D], [D, rows]
+        T* grad;                   // dy [rows, D]
         float* x;                  // panels of x over rows: [D / 16][units][16]
-        T *before, *before_t;      // gradient before the activation [rows, 2F or F], [2F or F, rows]
+        T* before;                 // gradient before the activation [rows, 2F or F]
         float* h;                  // panels of weight * h: [F / 16][units][16]
         float *gate, *parts;       // weight [rows], summands of its gradient [rows, 1 + blocks of F]
     };
@@ -38,13 +38,10 @@ struct Backward {
 
     Scratch scratch(char* memory, int64_t rows, Layout& layout) const {
         auto array = [&](int64_t elements, size_t size) { return memory + layout.add(elements * size); };
-        const int64_t d32 = round_up(c.D, 32), u32 = round_up(up_rows, 32);
         Scratch s;
         s.grad = (T*)array(rows * d_step, sizeof(T));
-        s.grad_t = (T*)array(rows * d32, sizeof(T));
         s.x = (float*)array(rows * d_panels * 16, sizeof(T));
         s.before = (T*)array(rows * u_step, sizeof(T));
-        s.before_t = (T*)array(rows * u32, sizeof(T));
         s.h = (float*)array(rows * f_panels * 16, sizeof(T));
         s.gate = (float*)array(rows, 4);
         s.parts = (float*)array(rows * (1 + f_blocks), 4);
@@ -53,8 +50,7 @@ struct Backward {
     // The arrays of one segment: a row's share of each times the rows before it.
     Scratch of(const Scratch& all, const Segment& s) const {
         const int64_t row = before_segment(s), floats = row / Engine::per_unit;
-        return {all.grad + row * d_step, all.grad_t + row * round_up(c.D, 32), all.x + floats * d_panels * 16,
-                all.before + row * u_step, all.before_t + row * round_up(up_rows, 32), all.h + floats * f_panels * 16,
+        return {all.grad + row * d_step, all.x + floats * d_panels * 16, all.before + row * u_step, all.h + floats * f_panels * 16,
                 all.gate + row, all.parts + row * (1 + f_blocks)};
     }
 
@@ -68,26 +64,23 @@ struct Backward {
         }
     }
 
-    // rows [m0, m0 + 16) of a segment: dy and x gathered, in both orders
+    // rows [m0, m0 + 16) of a segment: dy and x gathered
     void gather(const Segment& s, int64_t m0, const Scratch& k) const {
-        const int64_t rows = rows32(s), units = rows / Engine::per_unit;
+        const int64_t units = rows32(s) / Engine::per_unit;
         const T* bias = c.down_bias ? (const T*)c.down_bias + s.expert * c.D : nullptr;
         auto real = [&](int i) { return m0 + i < s.rows(); };
         auto token = [&](int i) { return real(i) ? c.token[s.begin + m0 + i] : 0; };
         float shift[16] = {};
         for (int64_t d = 0; d < d_step; d += 16) {
             const __mmask16 columns = first(c.D - d), room = first(d_step - d);
-            alignas(64) float lines[16 * 16];
             vec x[16];
             for (int i = 0; i < 16; ++i) {
                 vec g = masked((const T*)c.grad + token(i) * c.grad_row + d, real(i), columns);
                 store(k.grad + (m0 + i) * d_step + d, g, room);
-                store(lines + i * 16, g);
                 x[i] = masked((const T*)c.x + token(i) * c.x_row + d, real(i), columns);
                 if (bias) shift[i] += _mm512_reduce_add_ps(_mm512_mul_ps(g, load(bias + d, columns)));
             }
             if (d >= c.D) continue;
-            store_columns(k.grad_t + d * rows + m0, rows, lines, 16, 16, 16);
             store_panel(k.x + d / 16 * units * 16 + m0 / Engine::per_unit * 16, x);
         }
         for (int i = 0; i < 16; ++i) {
@@ -105,6 +98,8 @@ struct Backward {
                 const __mmask16 columns = first(N - n0 - 16 * i);
                 const T* from = w + u * Engine::per_unit * row + n0 + 16 * i;
                 float* at = to + (i * units + u) * 16;
+                _mm_prefetch(from + 24 * row, _MM_HINT_T0);
+                if constexpr (Engine::per_unit == 2) _mm_prefetch(from + 25 * row, _MM_HINT_T0);
                 if constexpr (Engine::per_unit == 1) store(at, load(from, columns));
                 else _mm512_storeu_si512(at, interleave(masked(from, 2 * u < K, columns), masked(from + row, 2 * u + 1 < K, columns)));
             }
@@ -112,9 +107,8 @@ struct Backward {
 
     // act'(gate), h and their kin for 16 rows and 16 neurons: `tile` holds dh
     void before_tile(const Segment& s, int64_t m0, int64_t f, const float* tile, const Scratch& k, vec parts[16]) const {
-        const int64_t rows = rows32(s), units = rows / Engine::per_unit;
+        const int64_t units = rows32(s) / Engine::per_unit;
         const __mmask16 columns = first(c.F - f);
-        alignas(64) float gate[256], up[256];
         vec h[16];
         for (int i = 0; i < 16; ++i) {
             const bool real = m0 + i < s.rows();
@@ -129,15 +123,20 @@ struct Backward {
             vec to_up = real ? _mm512_mul_ps(weighted, act) : set(0);
             T* to = k.before + (m0 + i) * u_step + f;
             store(to, to_gate, columns);
-            store(gate + i * 16, to_gate);
-            if (c.gated) {
-                store(to + c.F, to_up, columns);
-                store(up + i * 16, to_up);
-            }
+            if (c.gated) store(to + c.F, to_up, columns);
         }
         store_panel(k.h + f / 16 * units * 16 + m0 / Engine::per_unit * 16, h);
-        store_columns(k.before_t + f * rows + m0, rows, gate, 16, c.F - f, 16);
-        if (c.gated) store_columns(k.before_t + (c.F + f) * rows + m0, rows, up, 16, c.F - f, 16);
+    }
+
+    // 32 rows of what was kept will be wanted soon: pieces of far-apart rows, which the processor does not foresee
+    void expect(const Segment& s, int64_t m0, int64_t f0) const {
+        for (int64_t m = m0; m < std::min(m0 + 32, s.rows()); ++m) {
+            const T* row = (const T*)c.hidden + (s.begin + m) * up_rows + f0;
+            for (int i = 0; i < width; i += 64 / sizeof(T)) {
+                _mm_prefetch(row + i, _MM_HINT_T0);
+                if (c.gated) _mm_prefetch(row + c.F + i, _MM_HINT_T0);
+            }
+        }
     }
 
     // tile by tile of A[rows of the segment, K] times columns of weights [K, N]
@@ -158,7 +157,9 @@ struct Backward {
         const int64_t f0 = block * width;
         const int v = std::min<int64_t>(Engine::panels, f_panels - block * Engine::panels);
         pack_columns((const T*)c.down + s.expert * c.down_expert, c.down_row, c.D, d_step, c.F, f0, v, packed);
+        expect(s, 0, f0);
         times_columns(s, k.grad, d_step, packed, v, [&](int64_t m0, const float* tile) {
+            expect(s, m0 + 32, f0);
             for (int64_t m = m0; m < std::min(m0 + 32, rows32(s)); m += 16) {
                 vec parts[16] = {};
                 for (int i = 0; i < v; ++i) before_tile(s, m, f0 + 16 * i, tile + (m - m0) * width + 16 * i, k, parts);
@@ -178,29 +179,34 @@ struct Backward {
         });
     }
 
-    // 32 rows of a weight's gradient [N, columns]: a [N, rows] times panels over rows
-    void weights(const Segment& s, const T* a, int64_t n0, int64_t N, const float* panels, int64_t columns, T* to) const {
+    // 32 rows of a weight's gradient [N, columns]: `a` [rows, N], N `a_row` apart, times panels over rows
+    void weights(const Segment& s, const T* a, int64_t a_row, int64_t n0, int64_t N, const float* panels, int64_t columns, T* turned, T* to) const {
         const int64_t rows = rows32(s), units = rows / Engine::per_unit, sum = round_up(s.rows(), Engine::step);
-        const int half = 16;
+        for (int64_t m = 0; m < rows; m += 16)
+            for (int half = 0; half < 2; ++half) {
+                alignas(64) float lines[256];
+                const T* from = a + m * a_row + n0 + half * 16;
+                for (int i = 0; i < 16; ++i) store(lines + i * 16, load(from + i * a_row, first(a_row - n0 - half * 16)));
+                store_columns(turned + half * 16 * rows + m, rows, lines, 16, 16, 16);
+            }
         alignas(64) float tile[32 * width];
         for (int64_t p = 0; p < divide_up(columns, 16); p += Engine::panels) {
             const int v = std::min<int64_t>(Engine::panels, divide_up(columns, 16) - p);
-            Engine::product(a + n0 * rows, a + (n0 + 16) * rows, rows, sum, panels + p * units * 16, units * 16, v, tile, half);
+            const float* b = panels + p * units * 16;
+            Engine::product(turned, turned + 16 * rows, rows, sum, b, units * 16, v, tile);
             for (int64_t n = n0; n < std::min(n0 + 32, N); ++n)
                 for (int i = 0; i < v; ++i)
                     store(to + n * columns + (p + i) * 16, load(tile + (n - n0) * width + 16 * i), first(columns - (p + i) * 16));
         }
     }
 
-    // sum over rows of a [N, rows], each times its weight where given
-    void bias(const Segment& s, const T* a, int64_t n0, int64_t N, const float* weight, T* to) const {
-        const int64_t rows = rows32(s);
-        for (int64_t n = n0; n < std::min(n0 + 32, N); ++n) {
+    // sum over rows of 32 columns of a [rows, N], each row times its weight where given
+    void bias(const Segment& s, const T* a, int64_t a_row, int64_t n0, int64_t N, const float* weight, T* to) const {
+        for (int64_t n = n0; n < std::min(n0 + 32, N); n += 16) {
+            const __mmask16 columns = first(N - n);
             vec sum = set(0);
-            for (int64_t m = 0; m < rows; m += 16) sum = _mm512_fmadd_ps(load(a + n * rows + m), weight ? load(weight + m) : set(1), sum);
-            alignas(64) float one[16];
-            store(one, set(_mm512_reduce_add_ps(sum)));
-            store(to + n, load(one), 1);
+            for (int64_t m = 0; m < s.rows(); ++m) sum = _mm512_fmadd_ps(load(a + m * a_row + n, columns), set(weight ? weight[m] : 1), sum);
+            store(to + n, sum, columns);
         }
     }
 
@@ -216,6 +222,8 @@ struct Backward {
         scratch(nullptr, rows, layout);
         const int64_t packed_floats = round_up(std::max(d_step, u_step) / Engine::per_unit * width, 16);
         const size_t packed_at = layout.add(c.threads * packed_floats * 4);
+        const int64_t turned_floats = rows * 32 / Engine::per_unit;  // 32 columns of a segment's rows, the other way round
+        const size_t turned_at = layout.add(c.threads * turned_floats * 4);
         char* memory = arena.need(layout.size());
         Layout again;
         const Scratch all = scratch(memory, rows, again);
@@ -227,6 +235,7 @@ struct Backward {
         {
             Engine::enter();
             float* packed = (float*)(memory + packed_at) + omp_get_thread_num() * packed_floats;
+            T* turned = (T*)((float*)(memory + turned_at) + omp_get_thread_num() * turned_floats);
             for (const Group& g : groups) {
                 const int64_t segments = g.segments.size();
 #pragma omp for schedule(dynamic, 1)
@@ -249,11 +258,11 @@ struct Backward {
                     if (job < d_blocks) {
                         if (c.grad_x) tokens(s, job, packed, k);
                     } else if ((job -= d_blocks) < up_blocks) {
-                        if (c.grad_up) weights(s, k.before_t, job * 32, up_rows, k.x, c.D, (T*)c.grad_up + s.expert * up_rows * c.D);
-                        if (c.grad_up_bias) bias(s, k.before_t, job * 32, up_rows, nullptr, (T*)c.grad_up_bias + s.expert * up_rows);
+                        if (c.grad_up) weights(s, k.before, u_step, job * 32, up_rows, k.x, c.D, turned, (T*)c.grad_up + s.expert * up_rows * c.D);
+                        if (c.grad_up_bias) bias(s, k.before, u_step, job * 32, up_rows, nullptr, (T*)c.grad_up_bias + s.expert * up_rows);
                     } else if ((job -= up_blocks) < down_blocks) {
-                        if (c.grad_down) weights(s, k.grad_t, job * 32, c.D, k.h, c.F, (T*)c.grad_down + s.expert * c.D * c.F);
-                        if (c.grad_down_bias) bias(s, k.grad_t, job * 32, c.D, k.gate, (T*)c.grad_down_bias + s.expert * c.D);
+                        if (c.grad_down) weights(s, k.grad, d_step, job * 32, c.D, k.h, c.F, turned, (T*)c.grad_down + s.expert * c.D * c.F);
+                        if (c.grad_down_bias) bias(s, k.grad, d_step, job * 32, c.D, k.gate, (T*)c.grad_down_bias + s.expert * c.D);
                     } else if (c.grad_weight) {
                         for (int64_t m = 0; m < s.rows(); ++m) {
                             const float* parts = k.parts + m * (1 + f_blocks);

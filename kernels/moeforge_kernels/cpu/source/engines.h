@@ -14,10 +14,41 @@ struct Float32 {
     static constexpr int per_unit = 1;      // elements of K
     static constexpr int step = 1;          // K is a multiple of it in what `product` gets
     static constexpr int half_step = 4;
+    static constexpr int narrow = 4;  // up to so many rows of tokens, `narrow_product` is faster than a panel that is mostly empty
     static void enter() {}
     static void leave() {}
 
-    template <int HALF, int V>
+    // C[32][16] of `M` rows of tokens [M][row]: sums along K, which both have side by side
+    template <int M>
+    static void dots(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, float* c) {
+        constexpr int width = panels * 16;
+        for (int i = 0; i < 32; i += 4) {
+            const float* a = i < 16 ? a0 + i * lda : a1 + (i - 16) * lda;
+            vec sum[4][M] = {};
+            for (int64_t k = 0; k < K; k += 16) {
+                const __mmask16 mask = first(K - k);
+                vec x[M];
+                for (int m = 0; m < M; ++m) x[m] = load(b + m * row + k, mask);
+                for (int j = 0; j < 4; ++j) {
+                    _mm_prefetch(a + (16 + j) * lda + k, _MM_HINT_T1);
+                    vec w = load(a + j * lda + k, mask);
+                    for (int m = 0; m < M; ++m) sum[j][m] = _mm512_fmadd_ps(w, x[m], sum[j][m]);
+                }
+            }
+            for (int j = 0; j < 4; ++j) {
+                alignas(64) float line[16] = {};
+                for (int m = 0; m < M; ++m) line[m] = _mm512_reduce_add_ps(sum[j][m]);
+                store(c + (i + j) * width, load(line));
+            }
+        }
+    }
+    static void narrow_product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, int64_t rows, float* c) {
+        auto run = rows == 1 ? dots<1> : rows == 2 ? dots<2> : rows == 3 ? dots<3> : dots<4>;
+        run(a0, a1, lda, K, b, row, c);
+    }
+
+    // `ahead`: of weights that are read from memory once, rows 16 further on are on their way before they are needed
+    template <int HALF, int V, bool ahead>
     static void rows(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, float* c0, float* c1) {
         vec low[HALF][V], high[HALF][V];
         for (int i = 0; i < HALF; ++i)
@@ -25,6 +56,11 @@ struct Float32 {
         for (int64_t k = 0; k < K; ++k) {
             vec column[V];
             for (int v = 0; v < V; ++v) column[v] = _mm512_loadu_ps(b + v * panel + k * 16);
+            if (ahead && k % 16 == 0)
+                for (int i = 0; i < HALF; ++i) {
+                    _mm_prefetch(a0 + (16 + i) * lda + k, _MM_HINT_T1);
+                    _mm_prefetch(a1 + (16 + i) * lda + k, _MM_HINT_T1);
+                }
             for (int i = 0; i < HALF; ++i) {
                 vec p = set(a0[i * lda + k]), q = set(a1[i * lda + k]);
                 for (int v = 0; v < V; ++v) {
@@ -40,15 +76,21 @@ struct Float32 {
             }
     }
 
-    static void product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int half = 16) {
+    template <bool ahead>
+    static void rows(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int half) {
         constexpr int width = panels * 16;
         if (v == 1 && half % 8 == 0) {
-            for (int i = 0; i < half; i += 8) rows<8, 1>(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
+            for (int i = 0; i < half; i += 8)
+                rows<8, 1, ahead>(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
         } else {
-            auto run = v == 1 ? rows<4, 1> : v == 2 ? rows<4, 2> : rows<4, 3>;
-            for (int i = 0; i < half; i += 4)
-                run(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
+            auto run = v == 1 ? rows<4, 1, ahead> : v == 2 ? rows<4, 2, ahead> : rows<4, 3, ahead>;
+            for (int i = 0; i < half; i += 4) run(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
         }
+    }
+
+    static void product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int half = 16, bool ahead = false) {
+        if (ahead) rows<true>(a0, a1, lda, K, b, panel, v, c, half);
+        else rows<false>(a0, a1, lda, K, b, panel, v, c, half);
     }
 };
 
@@ -65,6 +107,8 @@ struct BFloat16 {
     static constexpr int per_unit = 2;
     static constexpr int step = 32;
     static constexpr int half_step = 16;
+    static constexpr int narrow = 0;
+    static void narrow_product(const bf16*, const bf16*, ptrdiff_t, int64_t, const float*, ptrdiff_t, int64_t, float*) {}
     static void enter() {
         TileShapes shapes;
         for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = 16;
@@ -72,12 +116,20 @@ struct BFloat16 {
     }
     static void leave() { _tile_release(); }
 
-    static void product(const bf16* a0, const bf16* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int = 16) {
+    static void product(const bf16* a0, const bf16* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int = 16, bool ahead = false) {
         constexpr int width = panels * 16;
+        const auto prefetch = [&](int64_t k) {
+            if (!ahead) return;
+            for (int i = 16; i < 32; ++i) {
+                _mm_prefetch(a0 + i * lda + k, _MM_HINT_T1);
+                _mm_prefetch(a1 + i * lda + k, _MM_HINT_T1);
+            }
+        };
         _tile_zero(0);
         _tile_zero(1);
         if (v == 1) {
             for (int64_t k = 0; k < K; k += 32) {
+                prefetch(k);
                 _tile_loadd(6, b + k * 8, 64);
                 _tile_loadd(4, a0 + k, lda * 2);
                 _tile_dpbf16ps(0, 4, 6);
@@ -88,6 +140,7 @@ struct BFloat16 {
             _tile_zero(2);
             _tile_zero(3);
             for (int64_t k = 0; k < K; k += 32) {
+                prefetch(k);
                 _tile_loadd(6, b + k * 8, 64);
                 _tile_loadd(7, b + panel + k * 8, 64);
                 _tile_loadd(4, a0 + k, lda * 2);

@@ -18,6 +18,14 @@ struct Forward {
           h_units(round_up(c.F, Engine::step) / Engine::per_unit),
           up_rows(c.gated ? 2 * c.F : c.F) {}
 
+    // Few rows of tokens lie as rows [rows][units] where a panel [units][16] would be.
+    static bool narrow(const Segment& s) { return s.rows() <= Engine::narrow; }
+
+    void product(const Segment& s, const Rows<Engine>& weights, int64_t K, int64_t units, const float* rows, int64_t p, int v, float* tile) const {
+        if (narrow(s)) Engine::narrow_product(weights.a0, weights.a1, weights.lda, K, rows, units, s.rows(), tile);
+        else Engine::product(weights.a0, weights.a1, weights.lda, round_up(K, Engine::step), rows + p * units * 16, units * 16, v, tile, 16, p == 0);
+    }
+
     // act(gate) * up of 16 (or, where there is no gate, 32) neurons and one panel of rows
     void hidden_tile(const Segment& s, int64_t f0, int64_t panel, const float* tile, float* h) const {
         const int64_t neurons = c.gated ? 16 : 32, rows = std::min<int64_t>(16, s.rows() - panel * 16);
@@ -39,7 +47,11 @@ struct Forward {
         }
         for (int i = 0; i < neurons; i += Engine::per_unit) {
             float* to = h + (f0 + i) / Engine::per_unit * 16;
-            if constexpr (Engine::per_unit == 1) {
+            if (narrow(s)) {
+                alignas(64) float lanes[16];
+                store(lanes, made[i]);
+                for (int64_t m = 0; m < rows && f0 + i < c.F; ++m) h[m * h_units + f0 + i] = lanes[m];
+            } else if constexpr (Engine::per_unit == 1) {
                 if (f0 + i < c.F) store(to, made[i]);
             } else {
                 if (f0 + i < round_up(c.F, Engine::step)) _mm512_storeu_si512(to, interleave(made[i], made[i + 1]));
@@ -60,7 +72,13 @@ struct Forward {
         alignas(64) float tile[32 * width];
         for (int64_t p = 0; p < s.panels(); p += Engine::panels) {
             int v = std::min<int64_t>(Engine::panels, s.panels() - p);
-            Engine::product(weights.a0, weights.a1, weights.lda, round_up(c.D, Engine::step), x + p * x_units * 16, x_units * 16, v, tile);
+            if (c.hidden)  // pieces of far-apart rows, which the processor does not foresee
+                for (int64_t m = p * 16; m < std::min((p + v) * 16, s.rows()); ++m) {
+                    const T* row = (const T*)c.hidden + (s.begin + m) * up_rows + f0;
+                    __builtin_prefetch(row, 1);
+                    __builtin_prefetch(row + (c.gated ? c.F : 16), 1);
+                }
+            product(s, weights, c.D, x_units, x, p, v, tile);
             for (int i = 0; i < v; ++i) hidden_tile(s, f0, p + i, tile + i * 16, h + (p + i) * h_units * 16);
         }
     }
@@ -73,7 +91,7 @@ struct Forward {
         alignas(64) float tile[32 * width];
         for (int64_t p = 0; p < s.panels(); p += Engine::panels) {
             int v = std::min<int64_t>(Engine::panels, s.panels() - p);
-            Engine::product(weights.a0, weights.a1, weights.lda, round_up(c.F, Engine::step), h + p * h_units * 16, h_units * 16, v, tile);
+            product(s, weights, c.F, h_units, h, p, v, tile);
             for (int half = 0; half < 2; ++half) {
                 const __mmask16 columns = first(c.D - d0 - half * 16);
                 const vec shift = bias ? load(bias + half * 16, columns) : set(0);
@@ -112,14 +130,16 @@ struct Forward {
                 for (int64_t at = 0; at < g.panels; ++at) {
                     auto s = std::upper_bound(g.segments.begin(), g.segments.end(), at, [](int64_t p, const Segment& q) { return p < q.panel; }) - 1;
                     int64_t row = s->begin + (at - s->panel) * 16;
-                    pack_panel((const T*)c.x, c.x_row, c.token + row, s->end - row, c.D, x_units, x + at * x_units * 16);
+                    if (narrow(*s))
+                        for (int64_t m = 0; m < s->rows(); ++m) std::memcpy(x + (at * 16 + m) * x_units, (const T*)c.x + c.token[row + m] * c.x_row, c.D * sizeof(T));
+                    else pack_panel((const T*)c.x, c.x_row, c.token + row, s->end - row, c.D, x_units, x + at * x_units * 16);
                 }
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(dynamic, 8)
                 for (int64_t i = 0; i < segments * up_blocks; ++i) {
                     const Segment& s = g.segments[i / up_blocks];
                     up(s, i % up_blocks, weights, x + s.panel * x_units * 16, h + s.panel * h_units * 16);
                 }
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(dynamic, 8)
                 for (int64_t i = 0; i < segments * down_blocks; ++i) {
                     const Segment& s = g.segments[i / down_blocks];
                     down(s, i % down_blocks, weights, h + s.panel * h_units * 16);

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import BadInput
 from .base import Checkpoint
-from .directory import Folder
+from .folder import Folder
 from .module_pattern import matches_tail
 from .safetensors import SafetensorsFile, parse_json, read_header
 from .tensor import FLOATS, NUMPY_DTYPES, Companion, Extent, TensorInfo

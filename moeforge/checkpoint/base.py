@@ -16,6 +16,9 @@ import numpy as np
 
 from .tensor import Companion, Extent, TensorInfo
 
+COMPRESSION = "moeforge_compression"
+"""The config key of weights that one of our own compression methods wrote; that method reads them as they are stored."""
+
 
 class Checkpoint(ABC):
     """A readable checkpoint. Safe to read from several threads at once.

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .base import Checkpoint
+from .base import COMPRESSION, Checkpoint
 
-COMPRESSION = "moeforge_compression"
-"""The config key of weights that one of our own compression methods wrote; that method reads them as they are stored."""
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<file>[^@\s]+\.gguf))?(@(?P<pinned>[^@\s]+))?", re.ASCII)
 
 
@@ -82,7 +80,8 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
         return MergedAdapter(directory, open_base=open_base, ref=ref, revision=revision)
 
     if os.path.isdir(path):
-        from .directory import Folder, open_directory
+        from .directory import open_directory
+        from .folder import Folder
         from .index import lone_gguf
 
         if not (path / "config.json").is_file():

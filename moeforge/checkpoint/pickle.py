@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import BadInput
 from .base import Checkpoint
-from .directory import Folder
+from .folder import Folder
 from .index import Weights, read_index
 from .safetensors import row_range
 from .tensor import NUMPY_DTYPES, Companion, TensorInfo

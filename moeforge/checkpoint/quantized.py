@@ -8,44 +8,20 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import BadInput, one_line
-from .base import Checkpoint
-from .open import COMPRESSION
+from .base import COMPRESSION, Checkpoint
+from .coded import DTYPES, Coded
+from .quantized_schemes import SCHEMES
 from .safetensors import row_range
 from .tensor import FLOATS, NUMPY_DTYPES, Companion, Extent, TensorInfo
 
 KEYS = ("quantization_config", COMPRESSION)
 """Config keys that say that weights are stored as codes; the second is our own."""
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-@dataclass(frozen=True)
-class Coded:
-    """One quantised matrix.
-
-    Attributes:
-        info: the matrix as plain weights.
-        parts: role -> stored tensor; all of them disappear behind `info.name`.
-        decode: the parts as read -> float32 array of `info.shape`, or of those rows of it whose stored rows it is given.
-        step: rows of the matrix that can be decoded apart from the others; 0: it is decoded whole.
-        stored: role -> rows of the part that `step` rows of the matrix take; other parts are read whole.
-    """
-
-    info: TensorInfo
-    parts: Mapping[str, str]
-    decode: Callable[[Mapping[str, np.ndarray]], np.ndarray]
-    step: int = 0
-    stored: Mapping[str, int] = field(default_factory=dict)
-
-
-Scheme = Callable[[Checkpoint, Mapping[str, Any], str], list[Coded]]
-"""(checkpoint, quantization_config, dtype of the weights) -> every quantised matrix."""
 
 
 def wrap(checkpoint: Checkpoint, dequantize: bool | None) -> Checkpoint:
@@ -57,8 +33,6 @@ def wrap(checkpoint: Checkpoint, dequantize: bool | None) -> Checkpoint:
     Raises:
         BadInput: quantised, and not asked to decode, or in a way that cannot be decoded here; names the method.
     """
-    from .quantized_schemes import SCHEMES
-
     key = next((key for key in KEYS if key in checkpoint.config), None)
     if key is None:
         return checkpoint

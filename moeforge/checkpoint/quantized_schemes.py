@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import BadInput
 from .base import Checkpoint
-from .quantized import DTYPES, Coded, Scheme
+from .coded import DTYPES, Coded, Scheme
 from .tensor import TensorInfo
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")

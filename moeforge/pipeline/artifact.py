@@ -175,7 +175,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     Raises:
         BadInput: it is there but is not one that this release can read; see :func:`moeforge.pipeline.schema.check_manifest`.
     """
-    from ..checkpoint.directory import Folder
+    from ..checkpoint.folder import Folder
 
     file = directory / MANIFEST
     if not os.path.lexists(file):

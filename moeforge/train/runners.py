@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.anatomy import plain_config
-from ..checkpoint.base import Checkpoint
-from ..checkpoint.open import COMPRESSION
+from ..checkpoint.base import COMPRESSION, Checkpoint
 from ..checkpoint.quantized import wrap
 from ..model.build import require_generation
 from ..model.load import load

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moeforge.checkpoint import open_checkpoint
-from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.base import COMPRESSION, Checkpoint
 from moeforge.checkpoint.companions import write_companions
-from moeforge.checkpoint.open import COMPRESSION
 from moeforge.checkpoint.ops import Input, TensorOp
 from moeforge.checkpoint.roles import is_matrix, role_of
 from moeforge.checkpoint.tensor import FLOATS, TensorInfo

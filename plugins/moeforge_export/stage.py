@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeforge.checkpoint import open_checkpoint
-from moeforge.checkpoint.base import Checkpoint
+from moeforge.checkpoint.base import COMPRESSION, Checkpoint
 from moeforge.checkpoint.gguf import GGUFCheckpoint
-from moeforge.checkpoint.open import COMPRESSION
 from moeforge.errors import BadInput
 from moeforge.pipeline.artifact import Artifact, Plan
 from moeforge.pipeline.context import Context

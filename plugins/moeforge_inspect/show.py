@@ -9,7 +9,7 @@ from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.adapter import CONFIG as ADAPTER
 from moeforge.checkpoint.anatomy import Anatomy, anatomy
 from moeforge.checkpoint.base import Checkpoint
-from moeforge.checkpoint.directory import Folder
+from moeforge.checkpoint.folder import Folder
 from moeforge.checkpoint.safetensors import parse_json
 from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.errors import BadInput

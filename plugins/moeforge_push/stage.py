@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.checkpoint.digest import CARD, artifact_digest, changed_files
-from moeforge.checkpoint.directory import Folder
+from moeforge.checkpoint.folder import Folder
 from moeforge.errors import BadInput, UsageProblem
 from moeforge.hub import check_repo, push_files
 from moeforge.options import arg, format_bytes, opt

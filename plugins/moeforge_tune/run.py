@@ -27,7 +27,7 @@ from moeforge.train.packing import Packer
 from moeforge.train.params import choose
 from moeforge.train.routing import find_sites
 
-from .stage import FOLDER, Job
+from .job import FOLDER, Job
 
 if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint

@@ -3,93 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from moeforge.checkpoint.tensor import FLOATS
 from moeforge.errors import BadInput, MachineLacks, UsageProblem
-from moeforge.options import opt
 from moeforge.pipeline.artifact import Artifact, Plan
 from moeforge.pipeline.stage import Bound, Written
-from moeforge.train.data import Document, Pool, find_pools, hold_out_pools
+from moeforge.train.data import find_pools, hold_out_pools
+
+from .job import Job
+from .options import Options
 
 if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint
     from moeforge.pipeline.context import Context
     from moeforge.pipeline.workspace import Workspace
 
-FOLDER = "tune"
-"""Where in the output metrics and plots go."""
 BYTES_PER_TOKEN = 4
 """Of text, for estimates before a tokenizer has run."""
-
-
-@dataclass(frozen=True)
-class Options:
-    data: tuple[str, ...] = opt("text to learn from: .txt .md .rst .py .jsonl .parquet, a directory, a dataset of the Hub "
-                                "(org/name[@revision][:split]), or builtin:prose, builtin:code, builtin:legal; SOURCE=WEIGHT "
-                                "sets its share of the tokens", metavar="SOURCE", reads=True)  # fmt: skip
-    train: str = opt(
-        "what learns: all, experts, routers, or patterns of parameter names; comma-separated", default="all"
-    )
-    steps: int | None = opt("stop after this many updates [default: 200]", default=None, min=1)
-    tokens: int | None = opt("stop after this many predicted tokens", default=None, min=1)
-    minutes: float | None = opt("stop after this much training time", default=None, min=0.01)
-    sequence_length: int = opt("slots in a row of packed documents", default=1024, min=8, unit="tokens")
-    batch_size: int = opt("rows in one forward pass", default=4, min=1)
-    accumulate: int = opt("forward passes before each update", default=1, min=1)
-    optimizer: Literal["adamw", "adamw-8bit"] = opt(
-        "AdamW, or bitsandbytes' with moments of 8 bits: a quarter of the optimizer's memory", default="adamw"
-    )
-    learning_rate: float = opt("peak learning rate of AdamW", default=5e-5, min=0)
-    router_scale: float = opt("routers learn at this multiple of the learning rate", default=1.0, min=0)
-    schedule: Literal["cosine", "constant", "wsd"] = opt(
-        "learning rate after the warm-up: cosine to a tenth, constant, or constant then linear to 0 in the last fifth",
-        default="cosine",
-    )
-    warmup: float = opt("share of the budget in which the learning rate rises", default=0.05, min=0, max=1)
-    weight_decay: float = opt("decoupled weight decay, norms and biases left out", default=0.1, min=0)
-    clip: float = opt("largest gradient norm; 0 does not clip", default=1.0, min=0)
-    balance: float = opt("weight of each layer's load-balance loss (1 when even)", default=0.01, min=0)
-    z_loss: float = opt("weight of each layer's router z-loss", default=0.0, min=0)
-    precision: Literal["auto", "fp32", "bf16"] = opt(
-        "what the model computes in; sums are always float32; auto is bf16 on an accelerator, fp32 on a CPU",
-        default="auto",
-    )
-    gradient_checkpointing: bool = opt(
-        "keep no activations, compute them again: less memory, a third more time", default=False
-    )
-    held_out: float = opt("share of the documents kept for measuring; 0 measures nothing", default=0.02, min=0, max=0.9)
-    evaluate_every: int = opt(
-        "measure the held-out loss every so many updates as well; 0: before and after", default=0, min=0
-    )
-    save_every: int = opt(
-        "save the state for a resume every so many updates as well; 0: on Ctrl-C and at the end", default=0, min=0
-    )
-    seed: int = opt("order of the documents and which are held out", default=0, min=0)
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise UsageProblem("tune needs text: --data PATH, or --data builtin:prose")
-        given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UsageProblem(f"--{given[0]} and --{given[1]} are two budgets; give one")
-
-    @property
-    def budget(self) -> tuple[Literal["steps", "tokens", "minutes"], float]:
-        for name in ("tokens", "minutes"):
-            if (amount := getattr(self, name)) is not None:
-                return name, amount
-        return "steps", self.steps or 200
-
-    @property
-    def moment_bytes(self) -> int:
-        """Of both moments of one parameter."""
-        return 2 if self.optimizer == "adamw-8bit" else 8
-
-    @property
-    def tokens_a_step(self) -> int:
-        return self.sequence_length * self.batch_size * self.accumulate
 
 
 class Tune:
@@ -207,13 +138,3 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
         warnings=tuple(warnings),
         payload=Job(src, options, tuple(train), tuple(held)),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """What `run` needs from `plan`."""
-
-    src: Artifact
-    options: Options
-    train: tuple[Pool, ...]
-    held: tuple[Document, ...]

@@ -1,0 +1,23 @@
+"""What a plan hands to its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeforge.pipeline.artifact import Artifact
+from moeforge.train.data import Document, Pool
+
+from .options import Options
+
+FOLDER = "tune"
+"""Where in the output metrics and plots go."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `run` needs from `plan`."""
+
+    src: Artifact
+    options: Options
+    train: tuple[Pool, ...]
+    held: tuple[Document, ...]

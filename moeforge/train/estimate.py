@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint.architectures import ours
+from ..checkpoint.architectures import find, ours
 from ..checkpoint.roles import role_of
 from ..checkpoint.tensor import TensorInfo
 from ..errors import UsageProblem
@@ -14,7 +14,8 @@ from ..errors import UsageProblem
 
 def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], select: str) -> int | None:
     """How many parameters `--train select` will train; None where a pattern may be on names that only the loaded model
-    has: mixtures fuse their experts in memory, and families that nobody has described may rename anything.
+    has: mixtures fuse their experts in memory, and families that nobody has described, or whose files may leave out a prefix, may
+    rename anything.
 
     Raises:
         UsageProblem: experts or routers of a checkpoint that has none, or a pattern that no parameter of a described dense
@@ -24,7 +25,7 @@ def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     routers = {name for name, info in tensors.items()
                if role_of(info) == "routers" and len(info.shape) == 2 and info.shape[0] > 1}  # fmt: skip
     groups = {"all": set(tensors), "experts": experts, "routers": routers}
-    described = not experts and config.get("model_type") in ours()
+    described = not experts and config.get("model_type") in ours() and not find(config["model_type"]).prefix
     chosen: set[str] = set()
     for part in (part.strip() for part in select.split(",")):
         if part in groups and not groups[part]:

@@ -57,6 +57,11 @@ class Job:
         return self.match.pair.target
 
     @property
+    def predicts(self) -> bool:
+        """Whether the model says what comes next; encoders do not."""
+        return architecture(self.parents[0].checkpoint.config).kind == "decoder"
+
+    @property
     def dtype(self) -> str | None:
         return DTYPES.get(self.options.dtype)
 

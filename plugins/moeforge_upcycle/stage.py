@@ -203,7 +203,7 @@ class Upcycle:
             **({"bf16_kl": bf16_kl(job, out.path, ctx)} if job.options.bf16_kl else {}),
             **(
                 {"losses": losses.by_domain(job, out.path, ctx)}
-                if len(job.parents) > 1 and job.options.calibration
+                if len(job.parents) > 1 and job.options.calibration and job.predicts
                 else {}
             ),
         }

@@ -206,3 +206,16 @@ def test_sites_that_share_a_decision_are_one_site():
     with routing_module.watch([site], torch.tensor([[True, True, False]])) as seen:
         block(torch.randn(1, 3, 6))
     assert int(seen["block"].pairs.counts().sum()) == 4
+
+
+def test_accumulation_weighs_by_real_tokens(tiny, tmp_path):
+    """Two passes over two rows each, unevenly padded, are one pass over four: z is a mean over all real tokens of the step."""
+    norms = []
+    for rows, accumulate in ((4, 1), (2, 2)):
+        _, model = mixed(tiny)
+        loop = make(
+            model, tmp_path / str(rows), rows=rows, accumulate=accumulate, amount=1, balance=0.0, z=30.0, clip=0.0
+        )
+        record = loop.run(bar).metrics.of("step")[0]
+        norms.append((record["norm"], record["z"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)

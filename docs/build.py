@@ -85,6 +85,8 @@ def arguments(verb: Verb) -> str:
                 "a directory, a GGUF file, a Hub id (`org/name[@revision]`), or `-`; left out: the reference on stdin",
             )
         ]
+    elif verb.sources == 0:
+        rows = []
     else:
         rows = [(name, "a directory, a GGUF file or a Hub id") for name in ("A", "B")]
     rows += [(spec.metavar, spec.meta["help"]) for spec in verb.positional]

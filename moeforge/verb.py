@@ -46,7 +46,9 @@ class Verb(click.Command):
     def _help(self) -> str:
         text = self.stage.summary[:1].upper() + self.stage.summary[1:] + ".\n\n"
         source = "SRC is a directory, a GGUF file, a Hub id (org/name[@revision]), or `-` for the reference on stdin."
-        if self.sources == 2:
+        if self.sources == 0:
+            source = ""
+        elif self.sources == 2:
             source = "A and B are directories, GGUF files or Hub ids."
         for spec in self.positional:
             source += f" {spec.metavar}: {spec.meta['help']}."

@@ -1,15 +1,17 @@
 """Block sizes of the Triton kernels: a rule that is good everywhere, and a table of what was measured on this machine.
 
 The table is one JSON file that people can read, in the user's cache directory: device -> kernel -> data type -> shape -> blocks
-and milliseconds. `moeforge bench kernels --tune` fills it; nothing else writes it, so a run never stops to measure.
+and milliseconds. `moeforge bench --tune` fills it; nothing else writes it, so a run never stops to measure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,23 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+_FORCED: dict[str, Blocks] = {}
+
+
+@contextlib.contextmanager
+def forced(kernel: str, blocks: Blocks) -> Iterator[None]:
+    """While it is open that kernel takes these blocks: for measuring them."""
+    _FORCED[kernel] = blocks
+    try:
+        yield
+    finally:
+        del _FORCED[kernel]
+
+
 def blocks(kernel: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Blocks:
     """The measured ones where there are any, else the rule's."""
+    if kernel in _FORCED:
+        return _FORCED[kernel]
     at = _table(path()).get(device_name(device), {}).get(kernel, {}).get(str(dtype).removeprefix("torch."), {})
     if (entry := at.get(str(shape))) is not None:
         return Blocks(**entry["blocks"])

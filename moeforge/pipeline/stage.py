@@ -136,7 +136,7 @@ class Query(Protocol):
     api_version: ClassVar[int]
     consumes: ClassVar[frozenset[str]]
     sources: ClassVar[int]
-    """How many SRC arguments it takes (`diff` takes 2). With 1, SRC may come from stdin."""
+    """How many SRC arguments it takes (`diff` takes 2, `bench` none). With 1, SRC may come from stdin."""
     Options: ClassVar[type]
 
     def answer(self, sources: list[Artifact], options: Any, ctx: Context) -> Answer: ...

@@ -68,7 +68,6 @@ def _place(
     ByToken,
     tokens,
     experts,
-    pairs,
     SLOTS: tl.constexpr,
     T: tl.constexpr,
     E: tl.constexpr,

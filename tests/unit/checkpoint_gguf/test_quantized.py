@@ -16,7 +16,7 @@ NAME = "model.layers.0.mlp.up_proj"
 
 def save(where, tensors, settings, dtype="float32", **config):
     tensors = {name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}
-    tensors["model.norm.weight"] = torch.ones(4)
+    tensors["model.norm.weight"] = torch.tensor([2.0, 3.0, 5.0, 7.0])
     where.mkdir(exist_ok=True)
     save_file(tensors, where / "model.safetensors")
     body = {"model_type": "llama", "dtype": dtype, "quantization_config": settings, **config}
@@ -34,9 +34,17 @@ def decoded(where, name=NAME + ".weight"):
         assert values.shape == source.tensors[name].shape
         assert values.flags.c_contiguous
         np.testing.assert_array_equal(source.read(name, slice(1, 4)), values[1:4])
-        assert source.provenance()["dequantized"]
+        stored = json.loads((where / "config.json").read_text())["quantization_config"]
+        assert source.provenance()["dequantized"] == stored["quant_method"]
         assert source.extent(name) is None
-        assert source.extent("model.norm.weight") is not None
+        place = source.extent("model.norm.weight")
+        assert place is not None
+        assert np.fromfile(place.path, np.float32, place.nbytes // 4, offset=place.offset).tolist() == [
+            2.0,
+            3.0,
+            5.0,
+            7.0,
+        ]
     return values
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from moeforge.options import format_bytes
 from moeforge.report.table import table
 from moeforge.testing.real import INSTALL, smollm2_gguf
+from moeforge.train.metrics import perplexity_text
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path(os.environ.get("DEMO_OUT") or ROOT / "build" / "demo")
@@ -90,7 +91,7 @@ def outcome(body: dict[str, Any]) -> str:
     if "held_out_loss_after" in verdicts:
         return f"held-out loss {verdicts['held_out_loss_before']:.3f} -> {verdicts['held_out_loss_after']:.3f}"
     if "perplexity" in counts:
-        return f"perplexity {counts['perplexity_parent']:.2f} -> {counts['perplexity']:.2f}"
+        return f"perplexity {perplexity_text(counts['perplexity_parent'])} -> {perplexity_text(counts['perplexity'])}"
     return "a file for llama.cpp" if body["kind"] == "gguf" else ""
 
 

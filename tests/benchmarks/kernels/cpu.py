@@ -78,7 +78,9 @@ def peers(shape: Shape, up: torch.Tensor, down: torch.Tensor) -> Callable[[str],
 class Point:
     """One layer, dtype, number of tokens and pass: its contestants and probes."""
 
-    def __init__(self, shape: Shape, up: torch.Tensor, down: torch.Tensor, tokens: int, backward: bool) -> None:
+    def __init__(
+        self, shape: Shape, up: torch.Tensor, down: torch.Tensor, tokens: int, backward: bool, beside: list[str]
+    ) -> None:
         generator = torch.Generator().manual_seed(tokens)
         dtype = up.dtype
         self.x = torch.randn(tokens, shape.width, generator=generator).to(dtype).requires_grad_(backward)
@@ -92,7 +94,7 @@ class Point:
         self.flops = 6 * self.rows * shape.width * shape.ffn
         self.runs: dict[str, Run] = {"moeforge": self._run(self._ours(shape.experts))}
         module = peers(shape, up, down)
-        for name in PEERS:
+        for name in beside:
             if name == "batched_mm" and self.rows * each > COPIES_AT_MOST:
                 continue
             self.runs[name] = self._run(
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--tokens", default="1,64,2048")
     parser.add_argument("--passes", default="fwd,fwd+bwd")
+    parser.add_argument("--peers", default=",".join(PEERS), help="eager takes a minute for the gradients of olmoe's")
     parser.add_argument("--seconds", type=float, default=6.0, help="a point, after two rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own seconds instead of the wall's")
@@ -210,7 +213,7 @@ def main() -> None:
             down = (torch.randn(shape.experts, shape.width, shape.ffn) * shape.ffn**-0.5).to(DTYPES[kind])
             for way in asked.passes.split(","):
                 for tokens in map(int, asked.tokens.split(",")):
-                    point = Point(shape, up, down, tokens, way == "fwd+bwd")
+                    point = Point(shape, up, down, tokens, way == "fwd+bwd", asked.peers.split(","))
                     times = point.measure(asked.seconds, clock)
                     label = f"{name} {kind} T {tokens} {way}"
                     print(row(label, point, {k: min(v) for k, v in times.items()}), flush=True)

@@ -20,7 +20,7 @@ struct Float32 {
 
     // C[32][16] of `M` rows of tokens [M][row]: sums along K, which both have side by side
     template <int M>
-    static void dots(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, float* c) {
+    static void dots(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, float* c, int ahead) {
         constexpr int width = panels * 16;
         for (int i = 0; i < 32; i += 4) {
             const float* a = i < 16 ? a0 + i * lda : a1 + (i - 16) * lda;
@@ -30,7 +30,7 @@ struct Float32 {
                 vec x[M];
                 for (int m = 0; m < M; ++m) x[m] = load(b + m * row + k, mask);
                 for (int j = 0; j < 4; ++j) {
-                    _mm_prefetch(a + (16 + j) * lda + k, _MM_HINT_T1);
+                    _mm_prefetch(a + (ahead + j) * lda + k, _MM_HINT_T1);
                     vec w = load(a + j * lda + k, mask);
                     for (int m = 0; m < M; ++m) sum[j][m] = _mm512_fmadd_ps(w, x[m], sum[j][m]);
                 }
@@ -42,14 +42,14 @@ struct Float32 {
             }
         }
     }
-    static void narrow_product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, int64_t rows, float* c) {
+    static void narrow_product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, int64_t rows, float* c, int ahead) {
         auto run = rows == 1 ? dots<1> : rows == 2 ? dots<2> : rows == 3 ? dots<3> : dots<4>;
-        run(a0, a1, lda, K, b, row, c);
+        run(a0, a1, lda, K, b, row, c, ahead);
     }
 
-    // `ahead`: of weights that are read from memory once, rows 16 further on are on their way before they are needed
-    template <int HALF, int V, bool ahead>
-    static void rows(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, float* c0, float* c1) {
+    // `ahead`: of weights that are read from memory once, the rows so many further on are asked for before they are needed
+    template <int HALF, int V>
+    static void rows(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, float* c0, float* c1, int ahead) {
         vec low[HALF][V], high[HALF][V];
         for (int i = 0; i < HALF; ++i)
             for (int v = 0; v < V; ++v) low[i][v] = high[i][v] = _mm512_setzero_ps();
@@ -58,8 +58,8 @@ struct Float32 {
             for (int v = 0; v < V; ++v) column[v] = _mm512_loadu_ps(b + v * panel + k * 16);
             if (ahead && k % 16 == 0)
                 for (int i = 0; i < HALF; ++i) {
-                    _mm_prefetch(a0 + (16 + i) * lda + k, _MM_HINT_T1);
-                    _mm_prefetch(a1 + (16 + i) * lda + k, _MM_HINT_T1);
+                    _mm_prefetch(a0 + (ahead + i) * lda + k, _MM_HINT_T1);
+                    _mm_prefetch(a1 + (ahead + i) * lda + k, _MM_HINT_T1);
                 }
             for (int i = 0; i < HALF; ++i) {
                 vec p = set(a0[i * lda + k]), q = set(a1[i * lda + k]);
@@ -76,21 +76,14 @@ struct Float32 {
             }
     }
 
-    template <bool ahead>
-    static void rows(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int half) {
+    static void product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int half = 16, int ahead = 0) {
         constexpr int width = panels * 16;
         if (v == 1 && half % 8 == 0) {
-            for (int i = 0; i < half; i += 8)
-                rows<8, 1, ahead>(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
+            for (int i = 0; i < half; i += 8) rows<8, 1>(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width, ahead);
         } else {
-            auto run = v == 1 ? rows<4, 1, ahead> : v == 2 ? rows<4, 2, ahead> : rows<4, 3, ahead>;
-            for (int i = 0; i < half; i += 4) run(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width);
+            auto run = v == 1 ? rows<4, 1> : v == 2 ? rows<4, 2> : rows<4, 3>;
+            for (int i = 0; i < half; i += 4) run(a0 + i * lda, a1 + i * lda, lda, K, b, panel, c + i * width, c + (16 + i) * width, ahead);
         }
-    }
-
-    static void product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int half = 16, bool ahead = false) {
-        if (ahead) rows<true>(a0, a1, lda, K, b, panel, v, c, half);
-        else rows<false>(a0, a1, lda, K, b, panel, v, c, half);
     }
 };
 
@@ -108,7 +101,7 @@ struct BFloat16 {
     static constexpr int step = 32;
     static constexpr int half_step = 16;
     static constexpr int narrow = 0;
-    static void narrow_product(const bf16*, const bf16*, ptrdiff_t, int64_t, const float*, ptrdiff_t, int64_t, float*) {}
+    static void narrow_product(const bf16*, const bf16*, ptrdiff_t, int64_t, const float*, ptrdiff_t, int64_t, float*, int) {}
     static void enter() {
         TileShapes shapes;
         for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = 16;
@@ -116,11 +109,11 @@ struct BFloat16 {
     }
     static void leave() { _tile_release(); }
 
-    static void product(const bf16* a0, const bf16* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int = 16, bool ahead = false) {
+    static void product(const bf16* a0, const bf16* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t panel, int v, float* c, int = 16, int ahead = 0) {
         constexpr int width = panels * 16;
         const auto prefetch = [&](int64_t k) {
             if (!ahead) return;
-            for (int i = 16; i < 32; ++i) {
+            for (int i = ahead; i < ahead + 16; ++i) {
                 _mm_prefetch(a0 + i * lda + k, _MM_HINT_T1);
                 _mm_prefetch(a1 + i * lda + k, _MM_HINT_T1);
             }

@@ -21,9 +21,9 @@ struct Forward {
     // Few rows of tokens lie as rows [rows][units] where a panel [units][16] would be.
     static bool narrow(const Segment& s) { return s.rows() <= Engine::narrow; }
 
-    void product(const Segment& s, const Rows<Engine>& weights, int64_t K, int64_t units, const float* rows, int64_t p, int v, float* tile) const {
-        if (narrow(s)) Engine::narrow_product(weights.a0, weights.a1, weights.lda, K, rows, units, s.rows(), tile);
-        else Engine::product(weights.a0, weights.a1, weights.lda, round_up(K, Engine::step), rows + p * units * 16, units * 16, v, tile, 16, p == 0);
+    void product(const Segment& s, const Rows<Engine>& weights, int64_t K, int64_t units, const float* rows, int64_t p, int v, float* tile, int ahead) const {
+        if (narrow(s)) Engine::narrow_product(weights.a0, weights.a1, weights.lda, K, rows, units, s.rows(), tile, ahead);
+        else Engine::product(weights.a0, weights.a1, weights.lda, round_up(K, Engine::step), rows + p * units * 16, units * 16, v, tile, 16, p ? 0 : ahead);
     }
 
     // act(gate) * up of 16 (or, where there is no gate, 32) neurons and one panel of rows
@@ -78,7 +78,7 @@ struct Forward {
                     __builtin_prefetch(row, 1);
                     __builtin_prefetch(row + (c.gated ? c.F : 16), 1);
                 }
-            product(s, weights, c.D, x_units, x, p, v, tile);
+            product(s, weights, c.D, x_units, x, p, v, tile, c.gated ? 16 : 32);
             for (int i = 0; i < v; ++i) hidden_tile(s, f0, p + i, tile + i * 16, h + (p + i) * h_units * 16);
         }
     }
@@ -91,7 +91,7 @@ struct Forward {
         alignas(64) float tile[32 * width];
         for (int64_t p = 0; p < s.panels(); p += Engine::panels) {
             int v = std::min<int64_t>(Engine::panels, s.panels() - p);
-            product(s, weights, c.F, h_units, h, p, v, tile);
+            product(s, weights, c.F, h_units, h, p, v, tile, 32);
             for (int half = 0; half < 2; ++half) {
                 const __mmask16 columns = first(c.D - d0 - half * 16);
                 const vec shift = bias ? load(bias + half * 16, columns) : set(0);

@@ -202,7 +202,7 @@ def mix(model: PreTrainedModel, entries: Sequence[MixtureConfig], *, copy: bool 
     full = [complete(entry, model) for entry in entries]
     base = model.config
     base.architectures = [kind.__name__]
-    config = MoeforgeConfig(base, full)
+    config = MoeforgeConfig(base, full, architectures=[made.__name__], dtype=model.dtype)
     found = find_all(model, full)
     model.__class__ = made
     _equip(model, config, found, copy=copy)
@@ -211,8 +211,6 @@ def mix(model: PreTrainedModel, entries: Sequence[MixtureConfig], *, copy: bool 
 
 def _equip(model: Any, config: MoeforgeConfig, found: Any = None, *, copy: bool = False) -> None:
     install(model, find_all(model, config.mixtures) if found is None else found, copy=copy)
-    config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
     model.config = config
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "selection_bias"}
     model._weight_conversions = weight_rules(model, loading=False)

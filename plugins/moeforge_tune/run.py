@@ -12,6 +12,7 @@ from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.companions import write_companions
 from moeforge.checkpoint.writer import WrittenCheckpoint, write_checkpoint
 from moeforge.model.build import build
+from moeforge.model.kernels import use_kernels_where_faster
 from moeforge.model.load import load
 from moeforge.model.tokenizer import load_tokenizer
 from moeforge.model.weights import WeightMap
@@ -70,6 +71,7 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(source)
     model = load(source, dtype=torch.bfloat16 if short else torch.float32, device=device)
+    use_kernels_where_faster(model)
     sites = find_sites(model)
     choice = choose(model, sites, options.train)
     if options.gradient_checkpointing:

@@ -48,7 +48,9 @@ def target(family: Architecture, parent: Parent) -> Target:
     names: dict[str, list[Matrix]] = {}
     for role in parent.matrices:
         names.setdefault(parent.parts[role, 0].called.removeprefix(before), []).append(role)
-    fused = [(name, role) for name, of in names.items() if len(of) > 1 for role in of if role in family.apart]
+    fused: list[tuple[str, Matrix]] = [
+        (name, role) for name, of in names.items() if len(of) > 1 for role in of if role in family.apart
+    ]
     for name, role in fused:
         names.pop(name, None)
         names[family.apart[role]] = [role]

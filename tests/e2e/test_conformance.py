@@ -1,8 +1,11 @@
 """The conformance suite finds what is wrong: a stage that is right but for one fault, told by an option."""
 
+import json
+
 import pytest
 
-from moeforge.testing.conformance import check_stage
+from moeforge.testing import conformance
+from moeforge.testing.command import run
 
 FAULTY = """
 import sys
@@ -70,21 +73,52 @@ def faulty(tmp_path_factory):
     return {"PYTHONPATH": str(site), "MOEFORGE_PLUGINS": "faulty"}
 
 
-def test_without_a_fault_it_conforms(faulty, tiny_llama, tmp_path):
-    check_stage("faulty", tiny_llama, ["--share", "0.1"], tmp_path, exact=True, env=faulty)
+CHECKS = [name for name in vars(conformance) if name.startswith("check_") and name != "check_stage"]
+
+
+def test_without_a_fault_it_conforms(faulty, tiny_llama, tmp_path, monkeypatch):
+    """And the suite is all of the checks: each one is made, and equality is measured where it is promised."""
+    made = []
+
+    def noting(name, check):
+        def noted(*args):
+            made.append((name, args))
+            return check(*args)
+
+        return noted
+
+    for name in CHECKS:
+        monkeypatch.setattr(conformance, name, noting(name, getattr(conformance, name)))
+    conformance.check_stage("faulty", tiny_llama, ["--share", "0.1"], tmp_path, exact=True, env=faulty)
+    assert {name for name, _ in made} == set(CHECKS)
+    assert [args[0][-1] for name, args in made if name == "check_light"] == ["--help", "--dry-run"]
+    assert [args[1:3] for name, args in made if name == "check_model"] == [(tmp_path / "first", True)]
 
 
 @pytest.mark.parametrize(
-    ("fault", "rule"),
+    ("fault", "check", "rule"),
     [
-        ("heavy", "imported .*torch"),
-        ("liar", "promised to be the same function"),
-        ("nan", "infinities or NaN"),
-        ("config", "cannot be loaded and run as a model"),
-        ("options", "do not survive being written"),
-        ("loud", "do not start with 'faulty'"),
+        ("heavy", "check_light", "imported .*torch"),
+        ("liar", "check_model", "promised to be the same function"),
+        ("nan", "check_model", "infinities or NaN"),
+        ("config", "check_model", "cannot be loaded and run as a model"),
+        ("options", "check_options", "do not survive being written"),
+        ("loud", "check_stderr", "do not start with 'faulty'"),
     ],
 )
-def test_each_fault_is_found(faulty, tiny_llama, tmp_path, fault, rule):
+def test_each_fault_is_found(faulty, tiny_llama, tmp_path, fault, check, rule):
+    """By the check that is meant to: the suite makes them all, see above."""
+    env, out = {"MOEFORGE_HOME": str(tmp_path / "home"), **faulty}, tmp_path / "first"
+    words = ["faulty", str(tiny_llama), "--fault", fault]
+    if check == "check_light":
+        arguments = [[*words, "--dry-run"], env]
+    else:
+        done = run(*words, "-o", out, check=True, env=env)
+        manifest = json.loads((out / "moeforge.json").read_text())
+        arguments = {
+            "check_model": [tiny_llama, out, manifest["verdicts"]["exact"], env],
+            "check_options": ["faulty", tiny_llama, manifest, tmp_path, env],
+            "check_stderr": ["faulty", done],
+        }[check]
     with pytest.raises(AssertionError, match=rule):
-        check_stage("faulty", tiny_llama, ["--fault", fault], tmp_path, env=faulty)
+        getattr(conformance, check)(*arguments)

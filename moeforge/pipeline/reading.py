@@ -1,9 +1,4 @@
-"""The options of every verb that opens a checkpoint, for its `Options` to inherit; `run.pin` reads them, too.
-
-    @dataclass(frozen=True)
-    class Options(Decoding):
-        share: float = opt("of the weights that go", default=0.5)
-"""
+"""The options of every verb that opens a checkpoint, for its `Options` to inherit; `run.pin` reads them, too."""
 
 from __future__ import annotations
 

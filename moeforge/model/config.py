@@ -113,7 +113,8 @@ class MoeforgeConfig(PreTrainedConfig):
             setattr(self.base_config, key, value)
             if not hasattr(type(self), key):
                 return
-        super().__setattr__(key, value)  # what every config has is held twice: it would be found in the class before the base
+        # what every config has is held twice: it would be found in the class before it is looked for in the base
+        super().__setattr__(key, value)
 
 
 def register() -> None:

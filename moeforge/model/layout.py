@@ -165,9 +165,11 @@ def weight_rules(model: PreTrainedModel, *, quantizer: Any = None, loading: bool
         return get_model_conversion_mapping(model, hf_quantizer=quantizer)
     dense = _dense_rules(model, quantizer, loading)
     # legacy names are read, never written: ours are those that the dense model is written with
-    ours = _mixture_rules(model, _dense_rules(model, None, loading=False))
-    final = tuple(name.partition("{e}")[0] for rule in ours if isinstance(rule, Stacked) for name in rule.disk)
-    return [*(_guarded(rule, final) for rule in dense), *ours]
+    moved, *stacked = _mixture_rules(model, _dense_rules(model, None, loading=False))
+    final = tuple(name.partition("{e}")[0] for rule in stacked for name in rule.disk)
+    # the first converter that fits a name takes it, and a quantiser's fits every weight: ours come first. Renamings all act, the
+    # dense model's before ours.
+    return [*stacked, *(_guarded(rule, final) for rule in dense), moved]
 
 
 def _guarded(rule: Any, final: tuple[str, ...]) -> Any:
@@ -191,7 +193,7 @@ def _dense_rules(model: PreTrainedModel, quantizer: Any, loading: bool) -> list[
     return rules if loading else [rule for rule in rules if not isinstance(rule, PrefixChange)]
 
 
-def _mixture_rules(model: Any, dense: list[Any]) -> list[Any]:
+def _mixture_rules(model: Any, dense: list[Any]) -> tuple[Any, ...]:
     moved: dict[str, str] = {}
     stacked: list[Stacked] = []
     base = f"{model.base_model_prefix}." if model.base_model_prefix else ""
@@ -203,7 +205,7 @@ def _mixture_rules(model: Any, dense: list[Any]) -> list[Any]:
             disk = [names.member(part, member) for part in stored.parts]
             half_way = [names.half_way(name) for name in disk]
             stacked.append(Stacked(f"{site.mount}.experts.{parameter}", half_way, disk, stored, base))
-    return [Moved({here: there for here, there in moved.items() if here != there}, base), *stacked]
+    return Moved({here: there for here, there in moved.items() if here != there}, base), *stacked
 
 
 def _moves(site: Site, layer: MixtureLayer, names: _Names) -> dict[str, str]:

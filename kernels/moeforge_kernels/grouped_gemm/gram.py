@@ -26,14 +26,18 @@ def _gram(A, B, Token, Offsets, Out, Total, n, k, a_row, a_column, b_row, b_colu
     i, j = row_tile * M + tl.arange(0, M), column_tile * N + tl.arange(0, N)
     acc = tl.zeros((M, N), tl.float32)
     total = tl.zeros((M,), tl.float32)
+    following = tl.load(Token + begin + tl.arange(0, ROWS), mask=begin + tl.arange(0, ROWS) < end, other=0)
     for at in range(begin, end, ROWS):
         pair = at + tl.arange(0, ROWS)
         real = pair < end
+        token = following
+        # one step ahead: rows whose addresses are loaded in the same step cannot be fetched early
+        following = tl.load(Token + pair + ROWS, mask=pair + ROWS < end, other=0)
         row_a, row_b = pair.to(tl.int64), pair.to(tl.int64)
         if GATHER_A:
-            row_a = tl.load(Token + pair, mask=real, other=0)
+            row_a = token
         if GATHER_B:
-            row_b = tl.load(Token + pair, mask=real, other=0)
+            row_b = token
         a = tl.load(
             A + row_a[None, :] * a_row + i[:, None] * a_column, mask=real[None, :] & (i < n)[:, None], other=0.0
         )

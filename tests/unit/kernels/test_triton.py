@@ -63,3 +63,32 @@ def test_without_a_gpu_or_the_interpreter_triton_says_so():
         ValueError, match="backend 'triton' cannot run this: Triton runs on a CPU only under its interpreter"
     ):
         combine(torch.randn(2, 4), pairs, backend="triton")
+
+
+COMPILED = """
+import torch
+from moeforge_kernels.expert_ffn import expert_ffn
+from moeforge_kernels.pairs import pairs_from_slots
+
+torch.manual_seed(0)
+index = torch.rand(20, 4).topk(2).indices
+leaves = [t.requires_grad_() for t in (torch.randn(20, 16), torch.rand(20, 2), torch.randn(4, 64, 16), torch.randn(4, 16, 32))]
+
+def run(x, weight, up, down):
+    return expert_ffn(x, pairs_from_slots(index, weight, 4), up, down, activation="silu", backend="triton")
+
+plain, compiled = run(*leaves), torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves)
+seed = torch.randn_like(plain)
+assert torch.equal(plain, compiled) and plain.abs().max() > 0
+for a, b in zip(torch.autograd.grad(plain, leaves, seed), torch.autograd.grad(compiled, leaves, seed), strict=True):
+    assert torch.equal(a, b)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_are_single_nodes_of_a_compiled_graph():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr

@@ -71,7 +71,7 @@ class Stacked(WeightConverter):
         transposed: see :class:`Stored`.
     """
 
-    __slots__ = ("base_prefix", "disk", "half_way", "rows", "target", "transposed")
+    __slots__ = ("base_prefix", "disk", "half_way", "marks", "rows", "target", "transposed")
 
     def __init__(self, target: str, half_way: list[str], disk: list[str], stored: Stored, base_prefix: str) -> None:
         first = 0 if stored.shared else 1
@@ -83,8 +83,11 @@ class Stacked(WeightConverter):
         super().__init__([name.replace("{e}", "*") for name in half_way], [target], operations)
         self.target, self.half_way, self.disk = target, half_way, disk
         self.rows, self.transposed, self.base_prefix = stored.rows, stored.transposed, base_prefix
+        self.marks = set(name.partition("{e}")[0].removeprefix(base_prefix) for name in half_way)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if not any(mark in source_key for mark in self.marks):  # a model of many experts asks a million times
+            return source_key, None
         for key in _spellings(source_key, self.base_prefix):
             for pattern, name in zip(self.source_patterns, self.half_way, strict=True):
                 if _fits(key, name):

@@ -65,6 +65,8 @@ class MoeforgeConfig(PreTrainedConfig):
             raise BadInput(
                 f"config.json of type moeforge: unknown key {unknown[0]!r}; a newer moeforge may have written it"
             )
+        if "moeforge_compression" in config_dict:  # packed weights of a native mixture, which base_config describes
+            config_dict = {"mixtures": [], **config_dict}
         for key, kind in (("base_config", dict), ("mixtures", list)):
             if not isinstance(config_dict.get(key), kind):
                 raise BadInput(f"config.json of type moeforge: {key} = {config_dict.get(key)!r}: expected "

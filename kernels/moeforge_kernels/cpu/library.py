@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
-import mmap
 
 import torch
 from torch import Tensor
@@ -80,21 +78,3 @@ def run(name: str, call: Call, dtype: torch.dtype) -> None:
 
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-LARGE = 8 << 20
-"""Bytes from which on memory is taken fresh from the system."""
-
-
-def fresh(shape: tuple[int, ...], dtype: torch.dtype, clear: bool = False) -> Tensor:
-    """Contiguous; anything, or zeros where `clear`.
-
-    Large ones are pages of the system that nobody has touched: zeros that are never written (the gradients of experts that nobody chose)
-    cost neither time nor memory, and the rest comes in pages of 2 MB, as handing out pages of 4 kB takes longer than filling them.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype) if clear else torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..activations import canonical
-from ..cpu import library
+from ..cpu import library, pages
 from ..pairs import Pairs
 
 
@@ -54,11 +54,12 @@ class _ExpertFFN(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.activation, ctx.gated, _ = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or zeros are made for what was kept, at its full size
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         run: Any = torch.ops.moeforge.cpu_expert_ffn_backward if torch.compiler.is_compiling() else _backward
         wanted = list(ctx.needs_input_grad[:6])
         made = run(grad, *ctx.saved_tensors, ctx.activation, ctx.gated, wanted)
@@ -95,12 +96,17 @@ def _arguments(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Ten
     return call, held
 
 
+def _kept_shape(up: Tensor, token: Tensor, keep: bool) -> tuple[int, int, int]:
+    """What stood before the activation, in panels of 16 rows of one expert, [panels, 2F or F, 16]: every expert may leave one unfilled."""
+    return (token.shape[0] // 16 + up.shape[0] if keep else 0), up.shape[1], 16
+
+
 def _forward(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
              token: Tensor, offsets: Tensor, activation: str, gated: bool, keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     call, held = _arguments(x, weight, up, down, up_bias, down_bias, token, offsets, activation, gated)
     out = torch.empty(x.shape, dtype=x.dtype)
-    before = library.fresh((len(token) if keep else 0, up.shape[1]), x.dtype)
-    pairs = library.fresh((len(token), down.shape[1]), x.dtype)
+    before = pages.empty(_kept_shape(up, token, keep), x.dtype)
+    pairs = pages.empty((len(token), down.shape[1]), x.dtype)
     call.hidden = before.data_ptr() if keep else None
     call.pairs, call.out = pairs.data_ptr(), out.data_ptr()
     library.run("forward", call, x.dtype)
@@ -109,7 +115,7 @@ def _forward(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Tenso
 
 def _forward_shapes(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
                     token: Tensor, offsets: Tensor, activation: str, gated: bool, keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty(token.shape[0] if keep else 0, up.shape[1])
+    return x.new_empty(x.shape), x.new_empty(_kept_shape(up, token, keep))
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
@@ -119,15 +125,14 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor,
     call.grad, call.grad_row, call.hidden = rows.data_ptr(), rows.stride(0), before.data_ptr()
     made = [torch.empty(x.shape, dtype=x.dtype) if wanted[0] else x.new_empty(0)]
     gates = torch.zeros(weight.shape, dtype=torch.float32)
+    idle = (torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0).nonzero().flatten().tolist()
     for tensor, want in zip((up, down, up_bias, down_bias), wanted[2:], strict=True):
-        made.append(
-            library.fresh(tensor.shape, tensor.dtype, clear=True) if tensor is not None and want else x.new_empty(0)
-        )
+        made.append(pages.gradient(tensor, idle) if tensor is not None and want else x.new_empty(0))
     to_x, to_up, to_down, to_up_bias, to_down_bias = made
     names = {"x": to_x, "up": to_up, "down": to_down, "up_bias": to_up_bias, "down_bias": to_down_bias, "weight": gates}
     for (name, tensor), want in zip(names.items(), (wanted[0], *wanted[2:], wanted[1]), strict=True):
         setattr(call, f"grad_{name}", tensor.data_ptr() if want else None)
-    pairs = library.fresh((len(token) if wanted[0] else 0, down.shape[1]), x.dtype)
+    pairs = pages.empty((len(token) if wanted[0] else 0, down.shape[1]), x.dtype)
     call.pairs = pairs.data_ptr()
     library.run("backward", call, x.dtype)
     return [

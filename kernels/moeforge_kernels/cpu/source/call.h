@@ -26,7 +26,7 @@ struct Call {
     const void* down;         // [E, D, F]
     int64_t down_expert, down_row;
     const void *up_bias, *down_bias;  // [E, 2F or F], [E, D], contiguous
-    void* hidden;             // [P, 2F or F]: before the activation, for the way back
+    void* hidden;             // [P / 16 + E, 2F or F, 16]: before the activation, by panels of an expert's rows; for the way back
     void* pairs;              // [P, D]: every pair's share, before they are summed
     void* out;                // [T, D]
     // the way back only
@@ -39,9 +39,9 @@ struct Call {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Pairs [begin, end) of one expert; `panel` is the first of its panels of 16 rows within the group.
+// Pairs [begin, end) of one expert; `panel` is the first of its panels of 16 rows within the group, `kept` within `Call.hidden`.
 struct Segment {
-    int64_t expert, begin, end, panel;
+    int64_t expert, begin, end, panel, kept;
     int64_t rows() const { return end - begin; }
     int64_t panels() const { return divide_up(rows(), 16); }
 };
@@ -52,15 +52,15 @@ struct Group {
 };
 
 // The work in groups of at most `limit` rows, so that what a group keeps between its products stays in the caches and
-// scratch never grows with T.
+// scratch never grows with T. The limit is a multiple of 16.
 inline std::vector<Group> cut(const Call& c, int64_t limit, bool whole_experts) {
     std::vector<Group> groups(1);
-    for (int64_t e = 0, begin = 0; e < c.E; begin = c.offsets[e++]) {
+    for (int64_t e = 0, begin = 0, kept = 0; e < c.E; kept += divide_up(c.offsets[e] - begin, 16), begin = c.offsets[e++]) {
         int64_t end = c.offsets[e];
         for (int64_t at = begin; at < end;) {
             int64_t rows = whole_experts ? end - at : std::min(limit, end - at);
             if (groups.back().panels && (groups.back().panels + divide_up(rows, 16)) * 16 > limit) groups.emplace_back();
-            Segment s{e, at, at + rows, groups.back().panels};
+            Segment s{e, at, at + rows, groups.back().panels, kept + (at - begin) / 16};
             groups.back().panels += s.panels();
             groups.back().segments.push_back(s);
             at += rows;

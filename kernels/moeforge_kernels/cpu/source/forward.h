@@ -30,7 +30,7 @@ struct Forward {
     void hidden_tile(const Segment& s, int64_t f0, int64_t panel, const float* tile, float* h) const {
         const int64_t neurons = c.gated ? 16 : 32, rows = std::min<int64_t>(16, s.rows() - panel * 16);
         const T* bias = c.up_bias ? (const T*)c.up_bias + s.expert * up_rows : nullptr;
-        alignas(64) float before[32 * 16];
+        T* kept = c.hidden ? (T*)c.hidden + ((s.kept + panel) * up_rows + f0) * 16 : nullptr;
         vec made[32];
         for (int i = 0; i < neurons; ++i) {
             const bool real = f0 + i < c.F;
@@ -39,8 +39,10 @@ struct Forward {
                 first_row = _mm512_add_ps(first_row, set(widen(bias + f0 + i)));
                 if (c.gated) second_row = _mm512_add_ps(second_row, set(widen(bias + c.F + f0 + i)));
             }
-            store(before + i * 16, first_row);
-            if (c.gated) store(before + (16 + i) * 16, second_row);
+            if (kept && real) {
+                store(kept + i * 16, first_row);
+                if (c.gated) store(kept + (c.F + i) * 16, second_row);
+            }
             vec value = activate(c.activation, first_row);
             if (c.gated) value = _mm512_mul_ps(value, second_row);
             made[i] = real ? value : set(0);
@@ -57,11 +59,6 @@ struct Forward {
                 if (f0 + i < round_up(c.F, Engine::step)) _mm512_storeu_si512(to, interleave(made[i], made[i + 1]));
             }
         }
-        if (c.hidden) {
-            T* to = (T*)c.hidden + (s.begin + panel * 16) * up_rows + f0;
-            store_columns(to, up_rows, before, 16, rows, c.F - f0);
-            store_columns(to + (c.gated ? c.F : 16), up_rows, before + 256, 16, rows, c.gated ? c.F - f0 : c.F - f0 - 16);
-        }
     }
 
     void up(const Segment& s, int64_t block, Rows<Engine>& weights, const float* x, float* h) const {
@@ -72,12 +69,6 @@ struct Forward {
         alignas(64) float tile[32 * width];
         for (int64_t p = 0; p < s.panels(); p += Engine::panels) {
             int v = std::min<int64_t>(Engine::panels, s.panels() - p);
-            if (c.hidden)  // pieces of far-apart rows, which the processor does not foresee
-                for (int64_t m = p * 16; m < std::min((p + v) * 16, s.rows()); ++m) {
-                    const T* row = (const T*)c.hidden + (s.begin + m) * up_rows + f0;
-                    __builtin_prefetch(row, 1);
-                    __builtin_prefetch(row + (c.gated ? c.F : 16), 1);
-                }
             product(s, weights, c.D, x_units, x, p, v, tile, c.gated ? 16 : 32);
             for (int i = 0; i < v; ++i) hidden_tile(s, f0, p + i, tile + i * 16, h + (p + i) * h_units * 16);
         }

@@ -28,6 +28,18 @@ inline __m512i interleave(vec a, vec b) {
     __m512i low = _mm512_cvtepu16_epi32(narrow(a)), high = _mm512_cvtepu16_epi32(narrow(b));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
+// The same of two rows of 32 as they lie in memory: the first and the last sixteen pairs.
+inline void interleave(const bf16* a, const bf16* b, float* low, float* high) {
+    alignas(64) static constexpr struct Order {
+        uint16_t of[64];
+        constexpr Order() : of() {
+            for (int i = 0; i < 32; ++i) of[2 * i] = i, of[2 * i + 1] = 32 + i;
+        }
+    } order;
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    _mm512_storeu_si512(low, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.of), y));
+    _mm512_storeu_si512(high, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.of + 32), y));
+}
 #endif
 
 // rows[i] lane j <-> rows[j] lane i

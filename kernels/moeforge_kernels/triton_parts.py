@@ -23,7 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = tl.constexpr(INTERPRETED)
 INVERSE_SQRT2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
-SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
+"""Constants stand to the right of a block: to its left the interpreter takes the product for another constant."""
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def activate(x, ACT: tl.constexpr):
     elif ACT == "gelu":
         return 0.5 * x * (1 + tl.erf(x * INVERSE_SQRT2))
     elif ACT == "gelu_tanh":
-        return x * tl.sigmoid(2 * SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
+        return x * tl.sigmoid((x + 0.044715 * x * x * x) * SQRT_8_OVER_PI)
     elif ACT == "quick_gelu":
         return x * tl.sigmoid(1.702 * x)
     elif ACT == "relu":
@@ -77,8 +78,8 @@ def slope(x, ACT: tl.constexpr):
     elif ACT == "gelu":
         return 0.5 * (1 + tl.erf(x * INVERSE_SQRT2)) + x * INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
     elif ACT == "gelu_tanh":
-        s = tl.sigmoid(2 * SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
-        return s + x * s * (1 - s) * 2 * SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
+        s = tl.sigmoid((x + 0.044715 * x * x * x) * SQRT_8_OVER_PI)
+        return s + x * s * (1 - s) * SQRT_8_OVER_PI * (1 + 3 * 0.044715 * x * x)
     elif ACT == "quick_gelu":
         s = tl.sigmoid(1.702 * x)
         return s * (1 + 1.702 * x * (1 - s))

@@ -73,6 +73,11 @@ class MoeforgeConfig(PreTrainedConfig):
                                f"{'an object' if kind is dict else 'a list'}")  # fmt: skip
         return super().from_dict(config_dict, **kwargs)
 
+    @property
+    def packed(self) -> bool:
+        """Whether the checkpoint's weights are stored as one of our compression methods defines."""
+        return "moeforge_compression" in self.__dict__
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: the code lies in this package, so none is copied beside a model that a repository's file led here."""

@@ -80,6 +80,10 @@ class Mixed:
             return getattr(transformers, cls.auto).from_pretrained(
                 ref, *args, output_loading_info=output_loading_info, **kwargs
             )
+        if config.packed:
+            raise BadInput(
+                f"{ref}: its weights are packed by moeforge compress, which no Auto class unpacks; use moeforge.load"
+            )
         if not hasattr(cls, "base_class"):
             made = cls.of(config)
             return made.from_pretrained(ref, *args, config=config, output_loading_info=output_loading_info, **kwargs)

@@ -36,7 +36,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256}
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"]  # biased, normed and fused projections among them
 MIXTURES = {
     "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 32, "decoder_sparse_step": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32, "decoder_sparse_step": 2},
 }  # fmt: skip
 METHODS = {"nf4": (NF4, "Linear4bit"), "int8": (Int8, "Linear8bitLt")}
 

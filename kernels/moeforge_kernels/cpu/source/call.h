@@ -36,9 +36,6 @@ struct Call {
     float* grad_weight;       // [P]
 };
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 // Pairs [begin, end) of one expert; `panel` is the first of its panels of 16 rows within the group, `kept` within `Call.hidden`.
 struct Segment {
     int64_t expert, begin, end, panel, kept;

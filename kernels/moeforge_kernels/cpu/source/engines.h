@@ -4,6 +4,8 @@
 // panels [units][16] of 32-bit units: one float, or the pair of bf16 that stand one behind the other along K. `half` rows of
 // each half are wanted, a multiple of `half_step`; the others are left as they were, or hold anything.
 #pragma once
+#include <algorithm>
+
 #include "vectors.h"
 
 namespace moeforge {
@@ -14,37 +16,50 @@ struct Float32 {
     static constexpr int per_unit = 1;      // elements of K
     static constexpr int step = 1;          // K is a multiple of it in what `product` gets
     static constexpr int half_step = 4;
-    static constexpr int narrow = 4;  // up to so many rows of tokens, `narrow_product` is faster than a panel that is mostly empty
+    static constexpr int narrow = 8;  // up to so many rows of tokens, dot products are faster than a panel that is partly empty
     static void enter() {}
     static void leave() {}
 
-    // C[32][16] of `M` rows of tokens [M][row]: sums along K, which both have side by side
+    // Four rows of weights times M of tokens [M][row]: sixteen partial sums each, into sums[4][narrow]
     template <int M>
-    static void dots(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, float* c, int ahead) {
+    static void dots(const float* a, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, vec* sums, int ahead) {
+        vec sum[4][M] = {};
+        for (int64_t k = 0; k < K; k += 16) {
+            const __mmask16 mask = first(K - k);
+            vec w[4];
+            for (int j = 0; j < 4; ++j) {
+                if (ahead) _mm_prefetch(a + (ahead + j) * lda + k, _MM_HINT_T1);
+                w[j] = load(a + j * lda + k, mask);
+            }
+            for (int m = 0; m < M; ++m) {
+                vec x = load(b + m * row + k, mask);
+                for (int j = 0; j < 4; ++j) sum[j][m] = _mm512_fmadd_ps(w[j], x, sum[j][m]);
+            }
+        }
+        for (int j = 0; j < 4; ++j)
+            for (int m = 0; m < M; ++m) sums[j * narrow + m] = sum[j][m];
+    }
+
+    // C[32][panels * 16] of `rows` rows of tokens that lie one after the other, sums along K, which both have side by side
+    static void narrow_product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, int64_t rows, float* c, int ahead) {
         constexpr int width = panels * 16;
+        using Run = void (*)(const float*, ptrdiff_t, int64_t, const float*, ptrdiff_t, vec*, int);
+        constexpr Run runs[] = {nullptr, dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>};
         for (int i = 0; i < 32; i += 4) {
             const float* a = i < 16 ? a0 + i * lda : a1 + (i - 16) * lda;
-            vec sum[4][M] = {};
-            for (int64_t k = 0; k < K; k += 16) {
-                const __mmask16 mask = first(K - k);
-                vec x[M];
-                for (int m = 0; m < M; ++m) x[m] = load(b + m * row + k, mask);
-                for (int j = 0; j < 4; ++j) {
-                    _mm_prefetch(a + (ahead + j) * lda + k, _MM_HINT_T1);
-                    vec w = load(a + j * lda + k, mask);
-                    for (int m = 0; m < M; ++m) sum[j][m] = _mm512_fmadd_ps(w, x[m], sum[j][m]);
-                }
+            vec sums[4 * narrow];
+            for (int64_t m = 0; m < rows;) {
+                // as even as can be: 7 rows are 4 and 3, not 6 and 1
+                const int64_t now = divide_up(rows - m, divide_up(rows - m, 6));
+                runs[now](a, lda, K, b + m * row, row, sums + m, m ? 0 : ahead);
+                m += now;
             }
             for (int j = 0; j < 4; ++j) {
                 alignas(64) float line[16] = {};
-                for (int m = 0; m < M; ++m) line[m] = _mm512_reduce_add_ps(sum[j][m]);
+                for (int m = 0; m < rows; ++m) line[m] = _mm512_reduce_add_ps(sums[j * narrow + m]);
                 store(c + (i + j) * width, load(line));
             }
         }
-    }
-    static void narrow_product(const float* a0, const float* a1, ptrdiff_t lda, int64_t K, const float* b, ptrdiff_t row, int64_t rows, float* c, int ahead) {
-        auto run = rows == 1 ? dots<1> : rows == 2 ? dots<2> : rows == 3 ? dots<3> : dots<4>;
-        run(a0, a1, lda, K, b, row, c, ahead);
     }
 
     // `ahead`: of weights that are read from memory once, the rows so many further on are asked for before they are needed

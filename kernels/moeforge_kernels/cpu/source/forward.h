@@ -47,13 +47,13 @@ struct Forward {
             if (c.gated) value = _mm512_mul_ps(value, second_row);
             made[i] = real ? value : set(0);
         }
+        if (narrow(s)) {
+            for (int i = 0; i < neurons; i += 16) store_columns(h + f0 + i, h_units, (const float*)(made + i), 16, rows, c.F - f0 - i);
+            return;
+        }
         for (int i = 0; i < neurons; i += Engine::per_unit) {
             float* to = h + (f0 + i) / Engine::per_unit * 16;
-            if (narrow(s)) {
-                alignas(64) float lanes[16];
-                store(lanes, made[i]);
-                for (int64_t m = 0; m < rows && f0 + i < c.F; ++m) h[m * h_units + f0 + i] = lanes[m];
-            } else if constexpr (Engine::per_unit == 1) {
+            if constexpr (Engine::per_unit == 1) {
                 if (f0 + i < c.F) store(to, made[i]);
             } else {
                 if (f0 + i < round_up(c.F, Engine::step)) _mm512_storeu_si512(to, interleave(made[i], made[i + 1]));
@@ -122,7 +122,7 @@ struct Forward {
                     auto s = std::upper_bound(g.segments.begin(), g.segments.end(), at, [](int64_t p, const Segment& q) { return p < q.panel; }) - 1;
                     int64_t row = s->begin + (at - s->panel) * 16;
                     if (narrow(*s))
-                        for (int64_t m = 0; m < s->rows(); ++m) std::memcpy(x + (at * 16 + m) * x_units, (const T*)c.x + c.token[row + m] * c.x_row, c.D * sizeof(T));
+                        for (int64_t m = 0; m < std::min<int64_t>(16, s->end - row); ++m) std::memcpy(x + (at * 16 + m) * x_units, (const T*)c.x + c.token[row + m] * c.x_row, c.D * sizeof(T));
                     else pack_panel((const T*)c.x, c.x_row, c.token + row, s->end - row, c.D, x_units, x + at * x_units * 16);
                 }
 #pragma omp for schedule(dynamic, 8)

@@ -6,11 +6,12 @@ backend asked for by name that cannot is an error: nothing falls back in silence
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,20 @@ import torch
 
 ENVIRONMENT = "MOEFORGE_KERNELS"
 """Names one backend for every op, as `backend=` does for one call."""
+
+
+_wished: str | None = None
+
+
+@contextlib.contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Within the block every op runs on that backend, in all threads: the reference where a result must not depend on the machine."""
+    global _wished
+    before, _wished = _wished, backend
+    try:
+        yield
+    finally:
+        _wished = before
 
 
 @dataclass(frozen=True)
@@ -55,9 +70,9 @@ class Op:
         """The backend for these arguments.
 
         Raises:
-            ValueError: `asked` (or the environment's wish) is unknown or cannot take them.
+            ValueError: `asked` (or :func:`using`, or the environment's wish) is unknown or cannot take them.
         """
-        wish = asked or os.environ.get(ENVIRONMENT)
+        wish = asked or _wished or os.environ.get(ENVIRONMENT)
         if wish is not None:
             if wish not in self.backends:
                 raise ValueError(f"{self.name}: no backend {wish!r}; there are {', '.join(self.backends)}")

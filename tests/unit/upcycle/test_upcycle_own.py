@@ -9,9 +9,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from moeforge.checkpoint import architectures, expert_names
+from moeforge.checkpoint import architectures, expert_names, open_checkpoint
 from moeforge.errors import BadInput
 from moeforge.model import runtime
+from moeforge.model.proof import prove
 from moeforge.testing import inprocess
 from moeforge.testing.models import FAMILIES, HEADS, OTHERS, tiny_dense
 from moeforge_kernels.activations import CANONICAL
@@ -333,3 +334,14 @@ def test_saving_it_again_writes_the_same_names(dense, upcycle, tmp_path):
         again, first = (load_file(path / "model.safetensors") for path in (tmp_path / variant, done.path))
         assert set(again) == set(first)
         assert all(np.array_equal(again[name], first[name]) for name in first)
+
+
+def test_a_proof_runs_on_the_reference_whatever_this_machine_would_take(dense, upcycle, monkeypatch):
+    """A fast kernel rounds otherwise than the dense model's own products, and real models magnify that a hundredfold."""
+    source = dense("gemma2")
+    written = upcycle(source).path
+    monkeypatch.setenv("MOEFORGE_KERNELS", "nowhere")
+    with pytest.raises(ValueError, match="no backend 'nowhere'"), torch.no_grad():
+        mixed(written)(torch.randint(0, 90, (1, 5)))
+    with open_checkpoint(str(source)) as first:
+        assert prove(first, written).exact

@@ -49,6 +49,7 @@ class _ExpertFFN(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, up, down, up_bias, down_bias, ctx.pairs, ctx.activation, ctx.gated, _ = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or zeros [P, 2F] are made for it on every backward
         ctx.save_for_backward(x, weight, up, down, down_bias, output[1])
         ctx.up_bias = up_bias is not None
 

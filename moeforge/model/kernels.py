@@ -66,8 +66,12 @@ def use_kernels_where_faster(model: PreTrainedModel) -> bool:
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that transformers dispatches, by name: those that its decorator has marked."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
+    """The modules that transformers dispatches, by name: those on which its decorator has left how their weights lie."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    }
 
 
 def why_not(module: Any) -> str | None:

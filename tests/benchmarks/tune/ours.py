@@ -12,6 +12,7 @@ from typing import Any
 
 from moeforge.checkpoint import open_checkpoint
 from moeforge.pipeline.context import Context
+from moeforge.pipeline.journal import JOURNAL, Journal
 from moeforge.pipeline.progress import Progress
 from moeforge.testing import inprocess
 from moeforge_tune.run import prepare
@@ -44,7 +45,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
                           precision=job["precision"], seed=job["seed"])  # fmt: skip
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch, open_checkpoint(job["model"]) as source:
-        space: Any = SimpleNamespace(path=Path(scratch), journal=SimpleNamespace(finished={}))
+        space: Any = SimpleNamespace(path=Path(scratch), journal=Journal(Path(scratch) / JOURNAL, "benchmark"))
         loop = prepare(plan.payload, source, space, Context("tune", Progress("tune", quiet=True), Path(scratch)))
         steps = loop.run(clock).metrics.of("step")
     config = loop.model.config

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from moeforge import texts
 from moeforge.checkpoint import open_checkpoint
-from moeforge.errors import BadInput, UsageProblem
+from moeforge.errors import BadInput, GateRefused, UsageProblem
 from moeforge.mixture.config import ExpertsConfig, MixtureConfig
 from moeforge.model.build import build, decoder_layers
 from moeforge.model.config import MoeforgeConfig
@@ -29,11 +29,14 @@ from moeforge.model.runtime import HEADS, head_of
 from moeforge.model.sites import find_sites
 from moeforge.model.tokenizer import load_tokenizer
 from moeforge.model.weights import WeightMap
+from moeforge.pipeline.progress import Progress
 from moeforge.testing.models import SIZES, save_tiny, tiny, tiny_dense
 from moeforge.train import hub_data
-from moeforge.train.data import find_documents
+from moeforge.train.data import Document, Pool, find_documents
 from moeforge.train.export import trained_ops
-from moeforge.train.loop import borders_hold
+from moeforge.train.loop import Loop, Settings, borders_hold
+from moeforge.train.packing import Packer
+from moeforge.train.params import choose
 from moeforge.train.state import load_state
 
 UP = "model.layers.0.mlp.up_proj"
@@ -221,6 +224,22 @@ def test_a_model_that_takes_no_positions_cannot_be_packed():
     with pytest.raises(BadInput, match=r"NoPositions: .*unexpected keyword.*transformers \d"):
         borders_hold(model, [], 11)
     assert model.training
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight(tmp_path):
+    model, _ = tiny_dense("llama")
+    body = np.random.default_rng(4).integers(3, 190, 60)
+    packer = Packer([Pool((Document("d", len(body), lambda: "d"),))], lambda document: body, 16, 0, shared=True)
+    settings = Settings(rows=1, amount=2, learning_rate=0.01)
+    loop = Loop(model, [], choose(model, [], "all"), settings, packer, None, tmp_path)
+    weight = model.get_parameter(f"{UP}.weight")
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(
+        GateRefused, match=r"the gradient norm became (inf|nan) at step 1; nothing was written. Lower --learn"
+    ):
+        loop.run(lambda title, total, unit: Progress("tune", "none").bar(title, total, unit, lambda: None))
+    assert torch.equal(weight, before)
 
 
 def test_a_built_in_text_that_this_machine_lacks(monkeypatch, tmp_path):

@@ -13,10 +13,15 @@ from transformers import AutoConfig
 
 from moeforge.checkpoint import TensorInfo, open_checkpoint
 from moeforge.errors import BadInput, MachineLacks, UsageProblem
+from moeforge.options import build
+from moeforge.pipeline.artifact import Artifact
+from moeforge.pipeline.context import Context
+from moeforge.pipeline.progress import Progress
 from moeforge.testing import inprocess
 from moeforge.testing.models import SIZES, save_tiny, tiny, tiny_tokenizer
 from moeforge_compress.runtime import check
 from moeforge_export.gguf_vocab import vocabulary
+from moeforge_run.eval import Eval
 from moeforge_tune.options import Options as TuneOptions
 from moeforge_upcycle.methods import btx, noise, shared
 
@@ -81,6 +86,15 @@ def test_tune_says_that_an_optimizer_is_not_installed(model, monkeypatch):
 def test_tune_options_that_contradict(options, told):
     with pytest.raises(UsageProblem, match=re.escape(told)):
         TuneOptions(**options)
+
+
+def test_eval_refuses_a_tokenizer_of_a_larger_vocabulary(model, tmp_path):
+    where, text = model(vocab_size=40), tmp_path / "text.txt"
+    text.write_text("letters far up in the vocabulary: xyz")
+    context = Context("eval", Progress("eval", quiet=True), tmp_path)
+    source, options = Artifact("checkpoint", str(where), where), build(Eval.Options, {"data": (str(text),)})
+    with pytest.raises(BadInput, match=r"model: the tokenizer gives id \d+, the model has 40; is this its tokenizer\?"):
+        Eval().answer([source], options, context)
 
 
 def test_compress_finds_nothing_to_compress(model):

@@ -172,7 +172,7 @@ class WeightMap:
             name = columns[0][0]
             found = (counts.pop() if len(counts) == 1 and uniform else -1, sum(rows), *(sizes[0] for sizes in rest))
         else:
-            return  # an unusual rule: transformers' own code checks it when it runs
+            return  # an unusual rule: what it makes is checked when it has run
         if found != wanted:
             raise BadInput(
                 f"{self._where()}: {name}{' and its siblings' if len(shapes) > 1 else ''} make a tensor of shape "
@@ -261,7 +261,17 @@ class WeightMap:
             raise BadInput(
                 f"{self._where()}: {group.sources[0][0]} does not become {group.targets[0]}: {one_line(error)}"
             ) from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        # transformers' operations take any size: a chunk of too few rows is shorter, or one of the parts is not there
+        for target in group.targets:
+            wanted = list(self._wanted[target].shape) if target in self._wanted else None
+            found = list(values[target].shape) if target in values else None
+            if wanted is not None and found != wanted:
+                raise BadInput(
+                    f"{self._where()}: {group.sources[0][0]} makes {'nothing' if found is None else found} of {target}, "
+                    f"which has {wanted}; the checkpoint and its config.json disagree"
+                )
+        return values
 
     def _read(self, name: str, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
         info = self.checkpoint.tensors[name]

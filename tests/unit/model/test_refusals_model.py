@@ -182,6 +182,23 @@ def test_one_parameter_under_two_names(saved_llama):
         load(saved_llama)
 
 
+@pytest.mark.parametrize(("rows", "told"), [
+    (178, r"makes \[89, 64\] of dinov2.encoder.layer.0.mlp.gate_proj.weight, which has \[88, 64\]"),
+    (175, r"makes \[87, 64\] of dinov2.encoder.layer.0.mlp.up_proj.weight, which has \[88, 64\]"),
+    (1, r"makes \[1, 64\] of dinov2.encoder.layer.0.mlp.gate_proj.weight, which has \[88, 64\]"),
+])  # fmt: skip
+def test_a_matrix_that_is_cut_into_parts_of_the_wrong_size(tmp_path, rows, told):
+    """Transformers cuts gate and up out of one matrix, whatever its size."""
+    save_tiny(tmp_path, "dinov2", num_hidden_layers=1, use_swiglu_ffn=True)
+    file, name = tmp_path / "model.safetensors", "dinov2.encoder.layer.0.mlp.weights_in.weight"
+    held = load_file(file)
+    load(tmp_path)
+    other = np.random.default_rng(rows).normal(size=(rows, 64)).astype(np.float32)
+    save_file(held | {name: other}, file, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"{name} {told}; the checkpoint and its config.json disagree"):
+        load(tmp_path)
+
+
 def test_trained_values_that_do_not_fit_the_source(tmp_path):
     sizes = SIZES | {"num_hidden_layers": 1, "num_local_experts": 3}
     tiny(AutoConfig.for_model("mixtral", **sizes))[0].save_pretrained(tmp_path)

@@ -199,6 +199,15 @@ def test_a_matrix_that_is_cut_into_parts_of_the_wrong_size(tmp_path, rows, told)
         load(tmp_path)
 
 
+def test_a_matrix_that_cannot_be_cut_at_all(tmp_path):
+    save_tiny(tmp_path, "dinov2", num_hidden_layers=1, use_swiglu_ffn=True)
+    file, name = tmp_path / "model.safetensors", "dinov2.encoder.layer.0.mlp.weights_in.weight"
+    save_file(load_file(file) | {name: np.array(0.7, np.float32)}, file, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"{name} does not become dinov2.*gate_proj.weight: ") as refusal:
+        load(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
 def test_trained_values_that_do_not_fit_the_source(tmp_path):
     sizes = SIZES | {"num_hidden_layers": 1, "num_local_experts": 3}
     tiny(AutoConfig.for_model("mixtral", **sizes))[0].save_pretrained(tmp_path)

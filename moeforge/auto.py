@@ -9,6 +9,7 @@ which is read when the module of the Auto classes has been imported, by whomever
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import sys
 from collections.abc import Callable, Sequence
@@ -23,15 +24,18 @@ def register() -> None:
 
 
 def _configs() -> None:
-    from .model.config import register
-
-    register()
+    _register("moeforge.model.config")
 
 
 def _models() -> None:
-    from .model.runtime import register
+    _register("moeforge.model.runtime")
 
-    register()
+
+def _register(name: str) -> None:
+    """Call a module's `register`; one that is being imported, which is how the Auto classes came in, does so at its own end."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        importlib.import_module(name).register()
 
 
 _AFTER: dict[str, Callable[[], None]] = {

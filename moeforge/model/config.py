@@ -127,3 +127,6 @@ class MoeforgeConfig(PreTrainedConfig):
 def register() -> None:
     """Make transformers' AutoConfig read `config.json` of type `moeforge`."""
     AutoConfig.register(MODEL_TYPE, MoeforgeConfig, exist_ok=True)
+
+
+register()  # by itself where it was imported before the Auto classes were

@@ -243,3 +243,6 @@ def register() -> None:
     """Make transformers' Auto classes build models of a MoeforgeConfig."""
     for head in HEADS:
         getattr(transformers, head.auto).register(MoeforgeConfig, head, exist_ok=True)
+
+
+register()  # by itself where it was imported before the Auto classes were

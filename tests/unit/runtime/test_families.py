@@ -163,3 +163,10 @@ def test_the_dense_config_is_kept(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "moeforge" and config["architectures"] == ["MoeforgeForCausalLM"]
     assert config["base_config"] == json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_the_config_may_be_the_first_thing_that_is_imported():
+    """Its own import is what brings the Auto classes in, whose hook then meets a module that is not whole yet."""
+    code = "from moeforge.model.config import MoeforgeConfig; import transformers; print(transformers.CONFIG_MAPPING['moeforge'].__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "MoeforgeConfig", done.stderr

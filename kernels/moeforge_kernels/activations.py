@@ -57,3 +57,12 @@ def canonical(name: str) -> str:
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The function of that name (either spelling)."""
     return FUNCTIONS[canonical(name)]
+
+
+def between(hidden: Tensor, name: str, gated: bool) -> Tensor:
+    """What stands between an FFN's two products: [P, 2F] -> [P, F] as act(gate) * value where gated, else act of [P, F]."""
+    act = activation(name)
+    if not gated:
+        return act(hidden)
+    gate, value = hidden.chunk(2, -1)
+    return act(gate) * value

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations import activation as find
+from ..activations import between
 from ..combine.library import combine
 from ..grouped_gemm.library import grouped_gemm
 from ..grouped_gemm.library import why_not as product_why_not
@@ -22,10 +22,5 @@ def expert_ffn(x: Tensor, pairs: Pairs, up: Tensor, down: Tensor, *, activation:
                up_bias: Tensor | None, down_bias: Tensor | None) -> Tensor:  # fmt: skip
     """See :func:`moeforge_kernels.expert_ffn.expert_ffn`."""
     hidden = grouped_gemm(x, up, pairs, bias=up_bias)
-    act = find(activation)
-    if gated:
-        gate, value = hidden.chunk(2, -1)
-        hidden = act(gate) * value
-    else:
-        hidden = act(hidden)
+    hidden = between(hidden, activation, gated)
     return combine(grouped_gemm(hidden, down, pairs, bias=down_bias, gather=False), pairs)

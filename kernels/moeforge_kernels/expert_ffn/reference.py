@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..activations import activation as find
+from ..activations import between
 from ..combine.reference import combine
 from ..grouped_gemm.reference import grouped_gemm
 from ..pairs import Pairs
@@ -14,10 +14,5 @@ def expert_ffn(x: Tensor, pairs: Pairs, up: Tensor, down: Tensor, *, activation:
                up_bias: Tensor | None, down_bias: Tensor | None) -> Tensor:  # fmt: skip
     """See :func:`moeforge_kernels.expert_ffn.expert_ffn`."""
     hidden = grouped_gemm(x, up, pairs, bias=up_bias)
-    act = find(activation)
-    if gated:
-        gate, value = hidden.chunk(2, -1)
-        hidden = act(gate) * value
-    else:
-        hidden = act(hidden)
+    hidden = between(hidden, activation, gated)
     return combine(grouped_gemm(hidden, down, pairs, bias=down_bias, gather=False), pairs)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import activation as find
+from ..activations import between
 
 
 @torch.no_grad()
@@ -17,12 +17,7 @@ def expert_gemv(x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tens
     tokens, slots = index.shape
     flat = index.reshape(-1)
     hidden = product(x.repeat_interleave(slots, 0), up, up_bias, flat)
-    act = find(activation)
-    if gated:
-        gate, value = hidden.chunk(2, -1)
-        hidden = act(gate) * value
-    else:
-        hidden = act(hidden)
+    hidden = between(hidden, activation, gated)
     y = product(hidden, down, down_bias, flat).view(tokens, slots, down.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
     empty = (index == len(up)).unsqueeze(-1)

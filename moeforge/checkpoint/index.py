@@ -11,7 +11,8 @@ from ..errors import BadInput
 from .safetensors import Header, parse_json
 from .tensor import TensorInfo
 
-SINGLE = "model.safetensors"
+STEM = "model"
+SINGLE = f"{STEM}.safetensors"
 INDEX = SINGLE + ".index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = PICKLE_SINGLE + ".index.json"

@@ -73,11 +73,19 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
 
     def open_adapter(directory: Path, ref: str, revision: str | None = None) -> Checkpoint:
         from .adapter import MergedAdapter
+        from .expert_adapter import ExpertAdapter, holds_experts
+
+        if holds_experts(directory, ref):
+            return ExpertAdapter(directory, open_base=open_packed, ref=ref, revision=revision)
 
         def open_base(base: str, revision: str | None = None) -> Checkpoint:
             return open_checkpoint(base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize)
 
         return MergedAdapter(directory, open_base=open_base, ref=ref, revision=revision)
+
+    def open_packed(base: str, revision: str | None = None) -> Checkpoint:
+        # LoRA experts stand beside linear maps as they are, packed ones too
+        return open_checkpoint(base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize, compressed=True)
 
     if os.path.isdir(path):
         from .directory import open_directory

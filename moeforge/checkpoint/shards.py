@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import BadInput
-from .index import SINGLE
+from .index import STEM
 from .safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, encode_header, parse_header
 from .tensor import NUMPY_DTYPES, TensorInfo
 
@@ -36,12 +36,12 @@ class Shard:
 
 
 def plan_shards(infos: Iterable[TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES,
-                metadata: Mapping[str, str] | None = PT_METADATA) -> list[Shard]:  # fmt: skip
+                metadata: Mapping[str, str] | None = PT_METADATA, stem: str = STEM) -> list[Shard]:  # fmt: skip
     """The files that hold `infos`: filled in order, a new one when the next tensor would pass `max_shard_bytes`.
 
     Within a file, tensors of wider dtypes come first (each tensor then starts at a multiple of its item size, as readers
     that map files like it) and otherwise keep their order. A tensor larger than the limit gets a file of its own. One file
-    is called `model.safetensors`, several `model-00001-of-0000N.safetensors`.
+    is called `{stem}.safetensors`, several `{stem}-00001-of-0000N.safetensors`.
 
     Args:
         max_shard_bytes: tensor bytes in a file, header not counted (as the Hub's libraries count).
@@ -65,7 +65,8 @@ def plan_shards(infos: Iterable[TensorInfo], max_shard_bytes: int = MAX_SHARD_BY
         raise BadInput("no tensors to write")
     shards = []
     for number, group in enumerate(groups, 1):
-        name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = stem if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}"
+        name += ".safetensors"
         group.sort(key=lambda info: -NUMPY_DTYPES[info.dtype].itemsize)
         header = encode_header(group, metadata)
         if len(header) - LENGTH_BYTES > MAX_HEADER_BYTES:

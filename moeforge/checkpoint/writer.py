@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import MachineLacks, MoeforgeError
 from .digest import PREFIX, cores, join_digests, safetensors_digest
 from .feed import PIECE, Feed, bytes_of, op_memory
-from .index import INDEX, encode_index
+from .index import INDEX, STEM, encode_index
 from .ops import TensorOp, check_op
 from .shards import MAX_SHARD_BYTES, PT_METADATA, Shard, plan_shards
 from .tensor import SAFETENSORS_DTYPES, TensorInfo
@@ -71,6 +71,7 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = PT_METADATA,
+    stem: str = STEM,
     workers: int | None = None,
     max_memory: int | None = None,
     journal: JournalLike | None = None,
@@ -82,6 +83,7 @@ def write_checkpoint(
     The bytes depend on the ops and `max_shard_bytes` alone: not on threads, memory, order or interruptions.
 
     Args:
+        stem: how the files are called (`model` or `adapter_model`).
         workers: threads that read, transform, hash and write; default: one a core, at most four.
         max_memory: bytes of tensors in flight (an estimate); one op that needs more runs alone.
         journal: files in `journal.finished` whose bytes still have the recorded digest are kept; the others are written
@@ -97,7 +99,7 @@ def write_checkpoint(
     """
     for op in ops:
         check_op(op)
-    shards = plan_shards((info for op in ops for info in op.outputs), max_shard_bytes, metadata)
+    shards = plan_shards((info for op in ops for info in op.outputs), max_shard_bytes, metadata, stem)
     run = _Run(out_dir, workers or min(cores(), 4), max_memory or MAX_MEMORY, journal,
                on_bytes or (lambda _: None), check or (lambda: None))  # fmt: skip
     run.execute(ops, shards)

@@ -25,7 +25,8 @@ class RouterConfig:
     """How tokens and experts find each other. The switches are orthogonal; :meth:`check` names the combinations without meaning."""
 
     kind: str = "linear"
-    """Where logits come from: linear, cosine (prototypes), label, static, random, or a kind that a package registers."""
+    """Where logits come from: linear, cosine (prototypes), label, static, random, or a kind that a package registers. always: one
+    expert that every token visits, without logits."""
     select: Select = "topk"
     top_k: int = 2
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -93,6 +94,8 @@ class RouterConfig:
                 refuse("order", "top-p adds up probabilities, so experts are scored first: score_select")
             if self.score != "softmax":
                 refuse("score", "top-p adds up probabilities: softmax")
+        if self.kind == "always" and (total != 1 or policies != {"all"}):
+            refuse("kind", f"one expert that every token visits: select = 'all' and one expert, not {total}")
         if ("fixed" in policies) != (self.kind == "label"):
             refuse("select", f"a fixed choice is that of kind 'label' and its only one; kind = {self.kind!r}")
         if self.kind == "label" and (policies != {"fixed"} or self.by_label):

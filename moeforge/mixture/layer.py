@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .always import Always
 from .context import MixtureContext
 from .experts.base import Experts
 from .router import Router
@@ -21,7 +22,7 @@ class MixtureLayer(nn.Module):
         kept: the module that stood at the site, if it stays.
     """
 
-    def __init__(self, router: Router | Following, experts: Experts, *, shared: nn.Module | None = None, kept: nn.Module | None = None,
+    def __init__(self, router: Router | Following | Always, experts: Experts, *, shared: nn.Module | None = None, kept: nn.Module | None = None,
                  name: str = "") -> None:  # fmt: skip
         super().__init__()
         self.router, self.experts, self.shared, self.kept = router, experts, shared, kept

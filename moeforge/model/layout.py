@@ -11,6 +11,7 @@ own renamings (`vit.layers.0.experts.3.mlp.fc1.weight`), *in memory* (`vit.layer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -220,6 +221,68 @@ def _moves(site: Site, layer: MixtureLayer, names: _Names) -> dict[str, str]:
         found[names.half_way(names.member(leaf, expert_names.SHARED))] = f"{site.mount}.shared.{leaf}"
     for leaf in () if layer.kept is None else layer.kept.state_dict():
         found[f"{site.root}.{leaf}"] = f"{site.mount}.kept.{leaf}"
+    return found
+
+
+@dataclass(frozen=True)
+class OwnTensor:
+    """A parameter that mixtures added to a dense model, and its tensors on disk.
+
+    Attributes:
+        parameter: its name in memory.
+        disk: names of its parts, in the order in which they lie along its rows, with `{e}` where they have an expert axis.
+        rows: sizes of the parts; empty where the parameter is one tensor as it is.
+        experts: E, or None without that axis.
+        shape: of the parameter.
+    """
+
+    parameter: str
+    disk: tuple[str, ...]
+    rows: tuple[int, ...]
+    experts: int | None
+    shape: tuple[int, ...]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name on disk -> shape."""
+        if not self.rows:
+            return {self.disk[0]: self.shape}
+        rest = self.shape[1:] if self.experts is None else self.shape[2:]
+        numbers = [None] if self.experts is None else range(self.experts)
+        return {name.replace("{e}", str(e)): (rows, *rest) for e in numbers for name, rows in zip(self.disk, self.rows, strict=True)}
+
+    def split(self, value: Tensor) -> dict[str, Tensor]:
+        """Name on disk -> view of the parameter's value."""
+        if not self.rows:
+            return {self.disk[0]: value}
+        found = {}
+        for number, expert in enumerate([value] if self.experts is None else value):
+            for name, part in zip(self.disk, expert.split(self.rows), strict=True):
+                found[name.replace("{e}", str(number))] = part
+        return found
+
+
+def own_tensors(model: Any) -> list[OwnTensor]:
+    """Everything that the mixtures of a model added to its dense one: experts that are built on what stood at their site, routers.
+
+    Raises:
+        BadInput: experts that took the place of the dense network's weights, so that the model is no longer that one and something.
+    """
+    dense = _dense_rules(model, None, loading=False)
+    found: list[OwnTensor] = []
+    for site, layer in model.mixtures.values():
+        if not layer.experts.adopts or layer.shared is not None or layer.kept is not None:
+            raise BadInput(f"{site.root}: {type(layer.experts).__name__} replace the dense network; only what stands beside it is an adapter")
+        names = _Names(model, site, dense)
+        for parameter, stored in layer.experts.stored().items():
+            if parameter.startswith("base."):
+                continue
+            value = layer.experts.get_parameter(parameter)
+            member = None if stored.shared else f"{expert_names.EXPERTS}.{{e}}"
+            found.append(OwnTensor(f"{site.mount}.experts.{parameter}", tuple(names.member(part, member) for part in stored.parts),
+                                   stored.rows, None if stored.shared else len(value), tuple(value.shape)))  # fmt: skip
+        for leaf, value in layer.router.state_dict().items():
+            disk = names.member(f"{expert_names.ROUTER}.{leaf}", None)
+            found.append(OwnTensor(f"{site.mount}.router.{leaf}", (disk,), (), None, tuple(value.shape)))
     return found
 
 

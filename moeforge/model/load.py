@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import registry
 from ..checkpoint.base import Checkpoint
+from ..checkpoint.expert_adapter import ExpertAdapter
 from ..errors import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ def load(
 
         with open_checkpoint(str(ref), allow_pickle=allow_pickle, compressed=True) as checkpoint:
             return load(checkpoint, dtype=dtype, device=device, attention=attention)
+    if isinstance(ref, ExpertAdapter):
+        from .adapters import load_adapter
+
+        return load_adapter(ref, dtype=dtype, device=device, attention=attention)
     scheme = ref.config.get(COMPRESSION)
     if scheme is not None:
         if not isinstance(scheme, dict) or not isinstance(scheme.get("method"), str):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import registry
 from ..errors import BadInput
+from ..mixture.always import Always
 from ..mixture.config import MixtureConfig
 from ..mixture.context import MixtureContext
 from ..mixture.experts import KINDS
@@ -72,9 +73,12 @@ def install(model: Any, found: Sequence[tuple[MixtureConfig, Site]], *, copy: bo
         layer.experts.reset_parameters(std)
         for shared in [] if layer.shared is None else layer.shared.parameters():
             nn.init.normal_(shared, std=std) if shared.ndim > 1 else nn.init.zeros_(shared)
-        if copy:
+        if copy and not layer.experts.adopts:
             stood.copy_into(layer.experts)
-        layer.to(device=stood.weight.device, dtype=stood.weight.dtype).train(model.training)
+        # a map whose weights are packed computes in the model's own type
+        dtype = stood.weight.dtype if stood.weight.is_floating_point() else model.dtype
+        layer.to(device=stood.weight.device, dtype=dtype).train(model.training)
+        layer.experts.adopt({role: (site.below(role), m) for role, m in stood.maps.items()}, site.activation)
         layer.context = contexts.setdefault(site.tower, MixtureContext())
         for path in site.silenced:
             _replace(model, path, nn.Identity())
@@ -95,7 +99,7 @@ def _layer(entry: MixtureConfig, site: Site, stood: _Stood) -> MixtureLayer:
     place = Place(site.width, site.out_width, {role: site.below(role) for role in site.projections},
                   any(p.transposed for p in site.projections.values()), site.root)  # fmt: skip
     experts = experts_class(entry.experts.type).at(place, entry.experts)
-    router = Router(entry.router, site.width, entry.experts.count)
+    router = Always() if entry.router.kind == "always" else Router(entry.router, site.width, entry.experts.count)
     shared = None if entry.shared is None else FeedForward.at(place, entry.shared)
     return MixtureLayer(router, experts, shared=shared, kept=stood.kept() if entry.keep else None, name=site.root)
 

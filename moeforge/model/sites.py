@@ -3,6 +3,7 @@
     ffn                   the feed-forward network of a layer
     q, k, v, qkv, o       one linear map of the layer's attention
     gate, up, gate_up, down   one linear map of its feed-forward network
+    in, out               one linear map of a state-space mixer (Mamba)
     attention, layer      the whole attention module, the whole layer
 
 of the text model where there are several towers, of another one when its name stands before: `vision.ffn`, `vision.layer`. The
@@ -32,7 +33,9 @@ ATTENTION_ROLES = {
     "o_proj": "o", "out_proj": "o", "c_proj": "o", "output": "o", "o": "o", "projection": "o",
 }  # fmt: skip
 """What linear maps of attention are called; `dense` is called by what holds it."""
-SINGLE = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+MIXER_ROLES = {"in_proj": "in", "out_proj": "out"}
+"""What linear maps of a state-space mixer are called, which is no attention."""
+SINGLE = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "in", "out")
 KINDS = (FFN, *SINGLE, "attention", "layer")
 
 
@@ -237,6 +240,13 @@ def _find(model: nn.Module, tower: Tower, index: int, kind: str) -> Site:
                 f"{where}: expected one projection {kind!r} of attention, found {[p.path for p in found] or 'none'}"
             )
         return Site(kind, *place, found[0].path, found[0].path, projections={kind: found[0]})
+    if kind in ("in", "out"):
+        mixer = [(name, module) for name, module in _linears(layer) if MIXER_ROLES.get(name.rpartition(".")[2]) == kind
+                 and not any(name.startswith(f"{a}.") for a in attention)]  # fmt: skip
+        if len(mixer) != 1:
+            raise BadInput(f"{where}: expected one projection {kind!r} of a state-space mixer, found {[n for n, _ in mixer] or 'none'}")
+        one = _projection(kind, f"{path}.{mixer[0][0]}", mixer[0][1])
+        return Site(kind, *place, one.path, one.path, projections={kind: one})
     ffn = _ffn(model, layer, path, attention, place)
     if kind == FFN:
         return ffn

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 KINDS = {
     "ffn": "moeforge.mixture.experts.ffn:FFNExperts",
-    "delta": "moeforge.mixture.experts.delta:DeltaExperts",
+    "lora": "moeforge.mixture.experts.lora:LoraExperts",
+    "lora_ffn": "moeforge.mixture.experts.lora_ffn:LoraFFNExperts",
 }
 """ExpertsConfig.type -> "module:class"."""

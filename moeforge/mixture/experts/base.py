@@ -81,6 +81,8 @@ class Experts(nn.Module):
 
     count: int
     width: int
+    adopts = False
+    """Whether this kind is built on the modules that stood at the site (:meth:`adopt`), instead of on copies of their weights."""
 
     @classmethod
     def at(cls, place: Place, config: ExpertsConfig) -> Self:
@@ -90,6 +92,10 @@ class Experts(nn.Module):
             BadInput: the entry or the site does not suit this kind.
         """
         raise NotImplementedError
+
+    def adopt(self, maps: Mapping[str, tuple[str, nn.Module]], activation: str | None) -> None:
+        """Take in the linear maps that stood at the site, as they are: role -> (path below the site's root, module). A kind that
+        builds on a frozen base keeps them and declares them `stored` as shared."""
 
     def reset_parameters(self, std: float) -> None:
         """New values: matrices normal with `std`, vectors zero. A kind that must start otherwise (LoRA: B = 0) says so here."""

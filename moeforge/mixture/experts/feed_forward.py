@@ -51,16 +51,21 @@ class FeedForward(nn.Module):
         """[..., D] -> [..., D]."""
         act = find(self.activation)
         if "gate_up" in self.paths:
-            gate, up = self._map("gate_up", hidden).chunk(2, -1)
+            gate, up = self.project("gate_up", hidden).chunk(2, -1)
             inner = act(gate) * up
         elif "gate" in self.paths:
-            inner = act(self._map("gate", hidden)) * self._map("up", hidden)
+            inner = act(self.project("gate", hidden)) * self.project("up", hidden)
         else:
-            inner = act(self._map("up", hidden))
-        return self._map("down", inner)
+            inner = act(self.project("up", hidden))
+        return self.project("down", inner)
 
-    def _map(self, role: str, x: Tensor) -> Tensor:
-        return self.get_submodule(self.paths[role])(x)
+    def map(self, role: str) -> nn.Module:
+        """The linear map of a role."""
+        return self.get_submodule(self.paths[role])
+
+    def project(self, role: str, x: Tensor) -> Tensor:
+        """What the linear map of a role gives."""
+        return self.map(role)(x)
 
 
 class TransposedLinear(nn.Module):

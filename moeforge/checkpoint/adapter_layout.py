@@ -1,0 +1,106 @@
+"""What an adapter of LoRA experts holds: names and shapes, from its entries and the base's linear maps alone. No torch, no model.
+
+Names are those of moeforge.checkpoint.expert_names below the dense module's path; in a file `base_model.model.` stands before them,
+as PEFT has it, so that plain LoRA there is what PEFT writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import BadInput
+from . import expert_names
+from .linear_maps import LinearMap
+
+PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PEFT_TYPE = "MOEFORGE_LORA_EXPERTS"
+FORMAT_VERSION = 1
+FFN_ROLES = ("gate", "up", "gate_up", "down")
+
+Maps = Mapping[tuple[str, int], LinearMap]
+Entry = Mapping[str, Any]
+"""One of `mixtures`: MixtureConfig as JSON."""
+
+
+def shapes_of(entries: Sequence[Entry], maps: Maps, ref: str) -> dict[str, tuple[int, ...]]:
+    """Name (without the prefix) -> shape of every tensor that the entries need.
+
+    Raises:
+        BadInput: a site that the base does not have, or an entry that no adapter can hold.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        for layer in entry["layers"]:
+            for name, shape in (*experts_of(entry, layer, maps, ref), *router_of(entry, layer, maps, ref)):
+                if name in found:
+                    raise BadInput(f"{ref}: mixtures: {name} would stand there twice: two entries for one site of layer {layer}")
+                found[name] = shape
+    return found
+
+
+def maps_of(entry: Entry, layer: int, maps: Maps, ref: str) -> dict[str, LinearMap]:
+    """Role -> linear map of the entry's site in that layer.
+
+    Raises:
+        BadInput: the base has none.
+    """
+    site = entry["site"]
+    wanted = FFN_ROLES if site == "ffn" else (site,)
+    found = {role: maps[role, layer] for role in wanted if (role, layer) in maps}
+    if not found or (site == "ffn" and "down" not in found):
+        there = sorted({role for role, index in maps if index == layer}) or ["nothing"]
+        raise BadInput(f"{ref}: site {site!r} of layer {layer}: the base has {', '.join(there)} there")
+    return found
+
+
+def root_of(here: Mapping[str, LinearMap]) -> str:
+    """The module below which a site's mixture is stored."""
+    paths = [f"{one.path}.weight" for one in here.values()]
+    return paths[0].removesuffix(".weight") if len(paths) == 1 else expert_names.root(paths)
+
+
+def experts_of(entry: Entry, layer: int, maps: Maps, ref: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the experts' tensors."""
+    here, experts = maps_of(entry, layer, maps, ref), entry["experts"]
+    options, count, kind = experts["options"], experts["count"], experts["type"]
+    rank, root = options.get("rank", 8), root_of(here)
+    if kind not in ("lora", "lora_ffn") or (kind == "lora") != (entry["site"] != "ffn"):
+        raise BadInput(f"{ref}: experts of type {kind!r} at site {entry['site']!r}: an adapter holds 'lora' at linear maps and 'lora_ffn' at ffn")
+    for role, one in here.items():
+        if kind == "lora_ffn" and role not in options.get("targets", FFN_ROLES):
+            continue
+        below = one.path[len(root) + 1 :]
+
+        def name(leaf: str, numbered: bool, e: int = 0, below: str = below) -> str:
+            member = (f"{expert_names.EXPERTS}.{e}",) if numbered else ()
+            return expert_names.below(root, ".".join((*member, *filter(None, (below,)), leaf)))
+
+        alone = kind == "lora" and count == 1
+        if kind == "lora" and options.get("share_a"):
+            yield name("lora_A.weight", False), (rank, one.inputs)
+        for e in range(count):
+            if not (kind == "lora" and options.get("share_a")):
+                yield name("lora_A.weight", not alone, e), (rank, one.inputs)
+            yield name("lora_B.weight", not alone, e), (one.outputs, rank)
+            if options.get("dora"):
+                yield name("lora_magnitude_vector", not alone, e), (one.outputs,)
+
+
+def router_of(entry: Entry, layer: int, maps: Maps, ref: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the router's tensors."""
+    here, router = maps_of(entry, layer, maps, ref), entry["router"]
+    total = entry["experts"]["count"] + router.get("null_experts", 0)
+    width, root = next(iter(here.values())).inputs, root_of(here)
+    kind = router.get("kind", "linear")
+    shapes = {"linear": {"weight": (total, width)}, "cosine": {"weight": (total, width)}, "static": {"weight": (total,)}}.get(kind, {})
+    if kind == "linear" and router.get("logit_bias"):
+        shapes |= {"bias": (total,)}
+    if router.get("noise") == "noisy_topk":
+        shapes |= {"noise_weight": (total, width)}
+    if router.get("bias"):
+        shapes |= {"selection_bias": (total,)}
+    for leaf, shape in shapes.items():
+        yield expert_names.below(root, f"{expert_names.ROUTER}.{leaf}"), shape

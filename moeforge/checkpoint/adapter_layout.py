@@ -36,7 +36,9 @@ def shapes_of(entries: Sequence[Entry], maps: Maps, ref: str) -> dict[str, tuple
         for layer in entry["layers"]:
             for name, shape in (*experts_of(entry, layer, maps, ref), *router_of(entry, layer, maps, ref)):
                 if name in found:
-                    raise BadInput(f"{ref}: mixtures: {name} would stand there twice: two entries for one site of layer {layer}")
+                    raise BadInput(
+                        f"{ref}: mixtures: {name} would stand there twice: two entries for one site of layer {layer}"
+                    )
                 found[name] = shape
     return found
 
@@ -68,7 +70,9 @@ def experts_of(entry: Entry, layer: int, maps: Maps, ref: str) -> Iterator[tuple
     options, count, kind = experts["options"], experts["count"], experts["type"]
     rank, root = options.get("rank", 8), root_of(here)
     if kind not in ("lora", "lora_ffn") or (kind == "lora") != (entry["site"] != "ffn"):
-        raise BadInput(f"{ref}: experts of type {kind!r} at site {entry['site']!r}: an adapter holds 'lora' at linear maps and 'lora_ffn' at ffn")
+        raise BadInput(
+            f"{ref}: experts of type {kind!r} at site {entry['site']!r}: an adapter holds 'lora' at linear maps and 'lora_ffn' at ffn"
+        )
     for role, one in here.items():
         if kind == "lora_ffn" and role not in options.get("targets", FFN_ROLES):
             continue
@@ -95,7 +99,11 @@ def router_of(entry: Entry, layer: int, maps: Maps, ref: str) -> Iterator[tuple[
     total = entry["experts"]["count"] + router.get("null_experts", 0)
     width, root = next(iter(here.values())).inputs, root_of(here)
     kind = router.get("kind", "linear")
-    shapes = {"linear": {"weight": (total, width)}, "cosine": {"weight": (total, width)}, "static": {"weight": (total,)}}.get(kind, {})
+    shapes = {
+        "linear": {"weight": (total, width)},
+        "cosine": {"weight": (total, width)},
+        "static": {"weight": (total,)},
+    }.get(kind, {})
     if kind == "linear" and router.get("logit_bias"):
         shapes |= {"bias": (total,)}
     if router.get("noise") == "noisy_topk":

@@ -51,7 +51,12 @@ def view_config(base: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -
     named = base.get("architectures") or ["ForCausalLM"]
     head = str(named[0])
     head = "ForCausalLM" if head.endswith("LMHeadModel") or "For" not in head else head[head.index("For") :]
-    config = {"model_type": "moeforge", "architectures": [f"Moeforge{head}"], "base_config": dict(base), "mixtures": [dict(e) for e in entries]}
+    config = {
+        "model_type": "moeforge",
+        "architectures": [f"Moeforge{head}"],
+        "base_config": dict(base),
+        "mixtures": [dict(e) for e in entries],
+    }
     dtype = base.get("dtype") or base.get("torch_dtype")
     return config | ({"dtype": dtype} if dtype else {})
 
@@ -87,11 +92,13 @@ class ExpertAdapter(Checkpoint):
 
     def _fit(self) -> None:
         stored = self._file.header.tensors
-        plain = _plain(self.base)
+        plain = plain_tensors(self.base)
         maps = linear_maps(self.base.config, plain, self.base.ref)
         kind = self.settings.get("base_model_type")
         if kind is not None and self.base.config.get("model_type") != kind:
-            raise BadInput(f"{self.ref}: made for a base of type {kind!r}, but {self.base.ref} is {self.base.config.get('model_type')!r}")
+            raise BadInput(
+                f"{self.ref}: made for a base of type {kind!r}, but {self.base.ref} is {self.base.config.get('model_type')!r}"
+            )
         wanted = shapes_of(self.entries, maps, self.ref)
         for name, shape in wanted.items():
             info = stored.get(PREFIX + name)
@@ -101,12 +108,18 @@ class ExpertAdapter(Checkpoint):
                 raise BadInput(f"{self.ref}: {PREFIX + name} is {list(info.shape)}, the base {self.base.ref} and {CONFIG} ask for {list(shape)}; "
                                "was it made for another base?")  # fmt: skip
             if info.dtype not in FLOATS:
-                raise BadInput(f"{self.ref}: {PREFIX + name} is {info.dtype}: an adapter's weights are floating-point numbers")
+                raise BadInput(
+                    f"{self.ref}: {PREFIX + name} is {info.dtype}: an adapter's weights are floating-point numbers"
+                )
         if strangers := sorted(set(stored) - {PREFIX + name for name in wanted}):
-            raise BadInput(f"{self.ref}: {WEIGHTS} holds {strangers[0]}, which its mixtures do not name; nothing is left out in silence")
+            raise BadInput(
+                f"{self.ref}: {WEIGHTS} holds {strangers[0]}, which its mixtures do not name; nothing is left out in silence"
+            )
         digest = self.settings.get("base_shapes_sha256")
         if digest is not None and digest != shapes_digest(plain):
-            raise BadInput(f"{self.ref}: made for another base: the shapes of {self.base.ref} have digest {shapes_digest(plain)}, {CONFIG} says {digest}")
+            raise BadInput(
+                f"{self.ref}: made for another base: the shapes of {self.base.ref} have digest {shapes_digest(plain)}, {CONFIG} says {digest}"
+            )
         self.own = frozenset(wanted)
         self.config: dict[str, Any] = view_config(self.base.config, self.entries)
         ours = {name: TensorInfo(name, stored[PREFIX + name].dtype, stored[PREFIX + name].shape) for name in wanted}
@@ -137,7 +150,7 @@ class ExpertAdapter(Checkpoint):
         self.base.close()
 
 
-def _plain(base: Checkpoint) -> Mapping[str, TensorInfo]:
+def plain_tensors(base: Checkpoint) -> Mapping[str, TensorInfo]:
     """Headers of the base as they are without its compression: the shapes that an adapter must fit."""
     if COMPRESSION not in base.config and not base.config.get("quantization_config"):
         return base.tensors
@@ -151,7 +164,9 @@ def _entries(settings: Mapping[str, Any], ref: str) -> list[dict[str, Any]]:
     if settings.get("peft_type") != PEFT_TYPE:
         raise BadInput(f"{where}: peft_type = {settings.get('peft_type')!r}: expected {PEFT_TYPE!r}")
     if settings.get("format_version") != FORMAT_VERSION:
-        raise BadInput(f"{where}: format_version = {settings.get('format_version')!r}; this moeforge reads {FORMAT_VERSION}")
+        raise BadInput(
+            f"{where}: format_version = {settings.get('format_version')!r}; this moeforge reads {FORMAT_VERSION}"
+        )
     if unknown := sorted(set(settings) - KEYS):
         raise BadInput(f"{where}: unknown key {unknown[0]!r}; a newer moeforge may have written it")
     entries = settings.get("mixtures")
@@ -178,7 +193,9 @@ def _is_entry(entry: Any) -> bool:
 def _base_of(path: Path, settings: Mapping[str, Any], ref: str) -> str:
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise BadInput(f"{ref}: {CONFIG}: base_model_name_or_path is {base!r}; write the path or Hub id of the base there")
+        raise BadInput(
+            f"{ref}: {CONFIG}: base_model_name_or_path is {base!r}; write the path or Hub id of the base there"
+        )
     beside = os.path.join(path, base)
     return beside if not os.path.exists(base) and os.path.exists(beside) else base
 

@@ -52,7 +52,9 @@ class LinearMap:
     bias: bool
 
 
-def linear_maps(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], ref: str) -> dict[tuple[str, int], LinearMap]:
+def linear_maps(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], ref: str
+) -> dict[tuple[str, int], LinearMap]:
     """(role, layer) -> linear map, of the text model.
 
     Raises:
@@ -67,12 +69,16 @@ def linear_maps(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], re
             continue
         below = place[2].split(".")
         if "experts" in below or "shared_expert" in below:
-            raise BadInput(f"{ref}: {name}: this is a mixture of experts already, and LoRA experts stand beside dense linear maps")
+            raise BadInput(
+                f"{ref}: {name}: this is a mixture of experts already, and LoRA experts stand beside dense linear maps"
+            )
         role = _role(below)
         if role is None:
             continue
         shape = info.shape[::-1] if role in turned else info.shape
-        one = LinearMap(role, int(place[1]), name.removesuffix(".weight"), shape[1], shape[0], f"{name[:-6]}bias" in tensors)
+        one = LinearMap(
+            role, int(place[1]), name.removesuffix(".weight"), shape[1], shape[0], f"{name[:-6]}bias" in tensors
+        )
         if (other := found.setdefault((role, one.layer), one)) is not one:
             raise BadInput(f"{ref}: {one.path} and {other.path} are both {role!r} of layer {one.layer}")
     if not found:

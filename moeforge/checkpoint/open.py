@@ -85,7 +85,9 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
 
     def open_packed(base: str, revision: str | None = None) -> Checkpoint:
         # LoRA experts stand beside linear maps as they are, packed ones too
-        return open_checkpoint(base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize, compressed=True)
+        return open_checkpoint(
+            base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize, compressed=True
+        )
 
     if os.path.isdir(path):
         from .directory import open_directory

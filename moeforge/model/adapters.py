@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoint.expert_adapter import ExpertAdapter
 from ..errors import BadInput
+from ..mixture.always import Always
 from ..mixture.config import MixtureConfig
 from .layout import OwnTensor, own_tensors
 from .runtime import mix
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_adapter(adapter: ExpertAdapter, *, dtype: Any = None, device: Any = "cpu", attention: str | None = None) -> Any:
+def load_adapter(
+    adapter: ExpertAdapter, *, dtype: Any = None, device: Any = "cpu", attention: str | None = None
+) -> Any:
     """The base with the adapter's experts in place, in evaluation mode. Nothing of the base asks for gradients.
 
     Args:
@@ -62,7 +66,9 @@ def fill(model: Any, adapter: ExpertAdapter) -> None:
     held = {name: adapter.tensors[name].shape for name in adapter.own}
     if wrong := sorted(name for name in asked.keys() | held.keys() if asked.get(name) != held.get(name)):
         name = wrong[0]
-        raise BadInput(f"{adapter.ref}: {name}: the model asks for {_shape(asked.get(name))}, the adapter holds {_shape(held.get(name))}")
+        raise BadInput(
+            f"{adapter.ref}: {name}: the model asks for {_shape(asked.get(name))}, the adapter holds {_shape(held.get(name))}"
+        )
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     for item in own:
         for name, part in item.split(state[item.parameter]).items():
@@ -80,5 +86,20 @@ def values_of(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str
         state: parameter name -> value, for those that are held elsewhere more precisely.
     """
     held = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(state or {})
-    return {name: part for item in own_tensors(model) for name, part in item.split(held[item.parameter].detach()).items()}
+    return {
+        name: part for item in own_tensors(model) for name, part in item.split(held[item.parameter].detach()).items()
+    }
 
+
+@contextlib.contextmanager
+def forced(model: Any, expert: int) -> Iterator[None]:
+    """Within the block every token visits one expert with weight 1: that of number `expert`, modulo how many a site has."""
+    layers = [layer for _, layer in model.mixtures.values()]
+    routers = [layer.router for layer in layers]
+    try:
+        for layer in layers:
+            layer.router = Always(expert % layer.experts.count, layer.experts.count)
+        yield
+    finally:
+        for layer, router in zip(layers, routers, strict=True):
+            layer.router = router

@@ -248,7 +248,11 @@ class OwnTensor:
             return {self.disk[0]: self.shape}
         rest = self.shape[1:] if self.experts is None else self.shape[2:]
         numbers = [None] if self.experts is None else range(self.experts)
-        return {name.replace("{e}", str(e)): (rows, *rest) for e in numbers for name, rows in zip(self.disk, self.rows, strict=True)}
+        return {
+            name.replace("{e}", str(e)): (rows, *rest)
+            for e in numbers
+            for name, rows in zip(self.disk, self.rows, strict=True)
+        }
 
     def split(self, value: Tensor) -> dict[str, Tensor]:
         """Name on disk -> view of the parameter's value."""
@@ -271,7 +275,9 @@ def own_tensors(model: Any) -> list[OwnTensor]:
     found: list[OwnTensor] = []
     for site, layer in model.mixtures.values():
         if not layer.experts.adopts or layer.shared is not None or layer.kept is not None:
-            raise BadInput(f"{site.root}: {type(layer.experts).__name__} replace the dense network; only what stands beside it is an adapter")
+            raise BadInput(
+                f"{site.root}: {type(layer.experts).__name__} replace the dense network; only what stands beside it is an adapter"
+            )
         names = _Names(model, site, dense)
         for parameter, stored in layer.experts.stored().items():
             if parameter.startswith("base."):

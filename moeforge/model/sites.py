@@ -244,7 +244,9 @@ def _find(model: nn.Module, tower: Tower, index: int, kind: str) -> Site:
         mixer = [(name, module) for name, module in _linears(layer) if MIXER_ROLES.get(name.rpartition(".")[2]) == kind
                  and not any(name.startswith(f"{a}.") for a in attention)]  # fmt: skip
         if len(mixer) != 1:
-            raise BadInput(f"{where}: expected one projection {kind!r} of a state-space mixer, found {[n for n, _ in mixer] or 'none'}")
+            raise BadInput(
+                f"{where}: expected one projection {kind!r} of a state-space mixer, found {[n for n, _ in mixer] or 'none'}"
+            )
         one = _projection(kind, f"{path}.{mixer[0][0]}", mixer[0][1])
         return Site(kind, *place, one.path, one.path, projections={kind: one})
     ffn = _ffn(model, layer, path, attention, place)

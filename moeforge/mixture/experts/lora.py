@@ -52,7 +52,9 @@ class LoraExperts(Experts):
     @classmethod
     def at(cls, place: Place, config: ExpertsConfig) -> Self:
         if len(place.names) != 1:
-            raise BadInput(f"experts of type {config.type!r} at {place.root}: they stand at one linear map, such as the site 'q'")
+            raise BadInput(
+                f"experts of type {config.type!r} at {place.root}: they stand at one linear map, such as the site 'q'"
+            )
         options = LowRank.read(config, without=("targets", "base_weight"))
         return cls(config.count, place.width, place.out_width, options)
 
@@ -105,7 +107,9 @@ class LoraExperts(Experts):
                  "lora_B": Stored(("lora_B.weight",), (self.lora_B.shape[-2],), shared=one)}  # fmt: skip
         if self.magnitude is not None:
             found["magnitude"] = Stored(("lora_magnitude_vector",), (self.magnitude.shape[-1],), shared=one)
-        return found | {f"base.{name}": Stored((name,), (p.shape[0],), shared=True) for name, p in self.base.named_parameters()}
+        return found | {
+            f"base.{name}": Stored((name,), (p.shape[0],), shared=True) for name, p in self.base.named_parameters()
+        }
 
     def extra_repr(self) -> str:
         return f"{self.count} LoRA of rank {self.options.rank}"

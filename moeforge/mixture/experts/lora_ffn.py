@@ -52,7 +52,16 @@ class LoraFFNExperts(Experts):
 
     adopts = True
 
-    def __init__(self, count: int, width: int, ffn_width: int, options: LowRank, *, roles: tuple[str, ...], names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        ffn_width: int,
+        options: LowRank,
+        *,
+        roles: tuple[str, ...],
+        names: Mapping[str, str],
+    ) -> None:
         super().__init__()
         self.count, self.width, self.ffn_width, self.options = count, width, ffn_width, options
         self.names = {role: names[role] for role in roles}
@@ -165,7 +174,9 @@ class LoraFFNExperts(Experts):
         assert base is not None
         act = find(base.activation)
         plain = {role: base.project(role, x) for role in base.paths if role != "down"}
-        ahead = {role: self._adapted(role, value[pairs.token], low[pairs.token], pairs) for role, value in plain.items()}
+        ahead = {
+            role: self._adapted(role, value[pairs.token], low[pairs.token], pairs) for role, value in plain.items()
+        }
 
         def inner(values: Mapping[str, Tensor]) -> Tensor:
             if "gate_up" in values:
@@ -217,7 +228,9 @@ class LoraFFNExperts(Experts):
                     called = "lora_magnitude_vector" if part == "magnitude" else part
                     found[f"{role}_{part}"] = Stored((f"{name}.{called}{leaf}",), (parameter.shape[1],))
         assert self.base is not None
-        return found | {f"base.{name}": Stored((name,), (p.shape[0],), shared=True) for name, p in self.base.named_parameters()}
+        return found | {
+            f"base.{name}": Stored((name,), (p.shape[0],), shared=True) for name, p in self.base.named_parameters()
+        }
 
     def extra_repr(self) -> str:
         return f"{self.count} LoRA of rank {self.options.rank} over one FFN, D {self.width}, F {self.ffn_width}"

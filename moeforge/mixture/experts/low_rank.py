@@ -74,9 +74,13 @@ class LowRank:
         for key in ("rslora", "dora", "share_a", "frozen"):
             if type(getattr(self, key)) is not bool:
                 refuse(key, "true or false")
-        if self.ranks and (len(self.ranks) != count or any(type(r) is not int or not 0 <= r <= self.rank for r in self.ranks)):
+        if self.ranks and (
+            len(self.ranks) != count or any(type(r) is not int or not 0 <= r <= self.rank for r in self.ranks)
+        ):
             refuse("ranks", f"{count} whole numbers between 0 and rank = {self.rank}")
-        if self.scales and (len(self.scales) != count or any(type(s) not in (int, float) or not math.isfinite(s) for s in self.scales)):
+        if self.scales and (
+            len(self.scales) != count or any(type(s) not in (int, float) or not math.isfinite(s) for s in self.scales)
+        ):
             refuse("scales", f"{count} finite numbers")
         if not self.targets or set(self.targets) - set(FFN_TARGETS):
             refuse("targets", f"some of {', '.join(FFN_TARGETS)}")
@@ -124,9 +128,9 @@ def weight_of(module: nn.Module) -> Tensor:
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise BadInput(f"DoRA needs the base's weights, and {type(module).__name__} holds them packed; attach to the plain base, or leave dora out")
+        raise BadInput(
+            f"DoRA needs the base's weights, and {type(module).__name__} holds them packed; attach to the plain base, or leave dora out"
+        )
     outputs = getattr(module, "out_features", getattr(module, "nf", weight.shape[0]))
     turned = type(module).__name__ in ("Conv1D", "TransposedLinear") and (weight.shape[1] == outputs)
     return weight.T if turned else weight
-
-

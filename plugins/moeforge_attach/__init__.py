@@ -1,0 +1,1 @@
+"""The verb `attach`: LoRA experts beside a frozen model; the output is an adapter."""

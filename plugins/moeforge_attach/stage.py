@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Attach:
         "frozen experts under a new router",
     }  # fmt: skip
     api_version = 1
-    consumes = frozenset({"checkpoint", "gguf"})
+    consumes = frozenset({"checkpoint", "gguf", "adapter"})
     produces = "adapter"
     output = "directory"
     default_method = "mixlora"
@@ -168,8 +169,6 @@ def by_layer(found: list[MixtureConfig]) -> dict[str, list[int]]:
 def settings(job: Job, whole: list[MixtureConfig]) -> dict[str, Any]:
     """adapter_config.json."""
     base = job.base.provenance()
-    import dataclasses
-
     chosen = {**dataclasses.asdict(job.options), **dataclasses.asdict(job.method.options)}
     for key in ("allow_pickle", "dequantize", "verify", "seed"):
         chosen.pop(key, None)

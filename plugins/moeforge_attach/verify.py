@@ -19,6 +19,7 @@ from moeforge.mixture.losses import Weights, layer_losses
 from moeforge.model.adapters import fill, forced, values_of
 from moeforge.model.load import load
 from moeforge.model.memory import fits
+from moeforge.model.mixing import LABELS
 from moeforge.options import format_bytes
 from moeforge.pipeline.context import Context
 from moeforge_kernels.dispatch import using
@@ -96,7 +97,9 @@ class _Proof:
 
     @torch.no_grad()
     def _logits(self, model: Any) -> Tensor:
-        return model.eval()(input_ids=self.ids, use_cache=False).logits.float()
+        # label routers are told that every token is about the first expert's domain; the others do not ask
+        labels = {LABELS: torch.zeros_like(self.ids)} if hasattr(model, "mixtures") else {}
+        return model.eval()(input_ids=self.ids, use_cache=False, **labels).logits.float()
 
     def _saved_and_loaded(self, model: Any) -> None:
         scratch = self.written / SCRATCH

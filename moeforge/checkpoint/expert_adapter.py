@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import BadInput
-from .adapter_layout import CONFIG, FORMAT_VERSION, PEFT_TYPE, PREFIX, WEIGHTS, shapes_of
+from .adapter_layout import CONFIG, FORMAT_VERSION, PEFT_TYPE, PREFIX, WEIGHTS, experts_of, shapes_of
 from .base import COMPRESSION, Checkpoint
 from .digest import PREFIX as DIGEST
 from .folder import Folder
@@ -27,6 +27,10 @@ from .tensor import FLOATS, Companion, Extent, TensorInfo
 KEYS = frozenset({"peft_type", "format_version", "task_type", "base_model_name_or_path", "revision", "base_model_type", "base_shapes_sha256",
                   "mixtures", "attach", "experts", "license"})  # fmt: skip
 """What adapter_config.json may hold."""
+
+
+STEM, ONE_FILE = "adapter_model", 1 << 62
+"""How the writer is told to make `adapter_model.safetensors`, however large."""
 
 
 class OpenBase(Protocol):
@@ -68,7 +72,7 @@ class ExpertAdapter(Checkpoint):
         base: the open base checkpoint, closed with this one.
         settings: adapter_config.json.
         entries: its `mixtures`.
-        own: names of the tensors that are the adapter's.
+        own: names of the tensors that are the adapter's; `frozen`: those of imported experts, which do not learn.
 
     Raises:
         BadInput: not such an adapter, damaged, or one that does not fit the base.
@@ -121,6 +125,8 @@ class ExpertAdapter(Checkpoint):
                 f"{self.ref}: made for another base: the shapes of {self.base.ref} have digest {shapes_digest(plain)}, {CONFIG} says {digest}"
             )
         self.own = frozenset(wanted)
+        self.frozen = frozenset(name for entry in self.entries if entry["experts"]["options"].get("frozen")
+                                for layer in entry["layers"] for name, _ in experts_of(entry, layer, maps, self.ref))  # fmt: skip
         self.config: dict[str, Any] = view_config(self.base.config, self.entries)
         ours = {name: TensorInfo(name, stored[PREFIX + name].dtype, stored[PREFIX + name].shape) for name in wanted}
         self.tensors: Mapping[str, TensorInfo] = {**self.base.tensors, **ours}
@@ -144,6 +150,13 @@ class ExpertAdapter(Checkpoint):
         seen.update(f"{version} {base.get('digest')} {json.dumps(self.settings, sort_keys=True)}".encode())
         found = {"ref": self.ref, "format": "lora experts", "digest": f"{DIGEST}{seen.hexdigest()}", "base": base}
         return found | ({"revision": self._revision} if self._revision else {})
+
+    def settings_at(self, directory: Path) -> dict[str, Any]:
+        """adapter_config.json of this adapter written elsewhere: a base that it finds beside itself is still the same."""
+        root = self._folder.path
+        base = _base_of(root, self.settings, self.ref)
+        moved = base != self.settings["base_model_name_or_path"] and directory.resolve() != root.resolve()
+        return self.settings | ({"base_model_name_or_path": os.path.abspath(base)} if moved else {})
 
     def close(self) -> None:
         self._file.close()

@@ -10,10 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from .routing import Routing
+
+Force = int | Literal["label", "all"]
+"""Another choice than the routers': an expert's number, every token's label, or all experts by their scores."""
 
 
 @dataclass
@@ -25,6 +29,7 @@ class MixtureContext:
         labels: [T] int64: the domain, modality or task of every token, for routers and statistics that ask; None: nobody said.
         seen: layer name -> what its router said in the latest recorded forward pass.
         given: the mask that `record` was told, which stands in for the model's own.
+        force: what stands in for the routers' own choice (:meth:`forcing`).
     """
 
     real: Tensor | None = None
@@ -32,6 +37,7 @@ class MixtureContext:
     seen: dict[str, Routing] = field(default_factory=dict)
     recording: bool = False
     given: Tensor | None = None
+    force: Force | None = None
 
     def begin(self, real: Tensor | None = None, labels: Tensor | None = None) -> None:
         """A forward pass starts: [B, T] or [T] masks and labels of its tokens."""
@@ -60,6 +66,16 @@ class MixtureContext:
             yield self.seen
         finally:
             self.recording, self.given = False, None
+
+    @contextlib.contextmanager
+    def forcing(self, force: Force | None) -> Iterator[None]:
+        """Within the block routers choose otherwise. Unlike `record` it must hold until after `backward`: gradient checkpointing
+        chooses again there."""
+        before, self.force = self.force, force
+        try:
+            yield
+        finally:
+            self.force = before
 
     def note(self, layer: str, routing: Routing) -> None:
         """Called by a layer."""

@@ -35,7 +35,7 @@ class MixtureLayer(nn.Module):
         x = hidden.reshape(-1, hidden.shape[-1])
         context = self.context
         real, labels = (None, None) if context is None else context.of(len(x))
-        routing = self.router(x, real=real, labels=labels)
+        routing = self.router(x, real=real, labels=labels, force=None if context is None else context.force)
         if context is not None and isinstance(self.router, Router):
             context.note(self.name, routing)
         made = self.experts(routing.scaled(self.experts.prepare(hidden)), routing.pairs)

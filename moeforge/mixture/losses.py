@@ -1,9 +1,9 @@
 """What a mixture is trained with beside its task, from what the routers said in one forward pass.
 
 Balance, z and entropy are means over real tokens, so that padding weighs nothing, and linear in what this process holds: the
-sum over micro-batches and ranks, each times its share of the real tokens, is the loss of the whole batch. The one thing that must
-be known of the whole batch first is how many tokens each expert got; those counts carry no gradient and are handed in.
-Importance is the square of a sum, so it is that of a micro-batch; orthogonality does not depend on tokens.
+sum over micro-batches and ranks, each times its share of the real tokens, is the loss of the whole batch. What must be known of
+the whole batch first carries no gradient and is handed in: how many tokens each expert got, for balance, and for importance,
+which is the square of a mean, that mean. Orthogonality does not depend on tokens.
 
     with context.record() as seen:
         out = model(...)
@@ -111,14 +111,21 @@ def assignments(seen: Mapping[str, Routing]) -> dict[str, Tensor]:
     return {name: routing.pairs.counts().double() for name, routing in seen.items()}
 
 
+def weighed(seen: Mapping[str, Routing]) -> dict[str, Tensor]:
+    """Layer -> [E] float64, what each expert weighed in total: summed over micro-batches and ranks and divided by their real tokens,
+    it is handed to :func:`layer_losses`."""
+    return {name: routing.pairs.gates().detach().sum(0).double() for name, routing in seen.items()}
+
+
 def layer_losses(seen: Mapping[str, Routing], counts: Mapping[str, Tensor] | None = None, *, scope: Scope = "layer",
-                 rows: Mapping[str, Tensor] | None = None) -> Terms:  # fmt: skip
+                 means: Mapping[str, Tensor] | None = None, rows: Mapping[str, Tensor] | None = None) -> Terms:  # fmt: skip
     """The losses of what the routers said. Layers without probabilities (a fixed choice) have none.
 
     Args:
         seen: layer -> Routing, from :meth:`MixtureContext.record`.
         counts: layer -> [E] assignments so far in this step, over micro-batches and ranks: with accumulation the fractions then
             converge to those of the whole step, not of a sliver of it (arXiv:2501.11873, section 3). None: those of `seen`.
+        means: layer -> [E] what each expert weighs a real token, so far in this step, likewise (:func:`weighed`). None: that of `seen`.
         scope: `global` adds the layers up before their evenness is judged; all then have the same experts.
         rows: layer -> [..., N, D] what should stand at right angles: router rows, experts' answers. None: nothing.
 
@@ -132,7 +139,9 @@ def layer_losses(seen: Mapping[str, Routing], counts: Mapping[str, Tensor] | Non
             f"no router among {', '.join(seen) or 'no layers'} has probabilities: there is nothing to balance"
         )
     loads = {name: (counts[name], seen[name].by_label) for name in parts}
-    importance = [part.importance for part in parts.values()]
+    # the value is that of the whole, the gradient goes to what is here
+    importance = [part.importance if means is None else part.importance + (means[name].to(part.importance) - part.importance).detach()
+                  for name, part in parts.items()]  # fmt: skip
     if scope == "global":
         shapes = {name: (len(count), by_label) for name, (count, by_label) in loads.items()}
         if len(set(shapes.values())) > 1:
@@ -156,7 +165,8 @@ def layer_losses(seen: Mapping[str, Routing], counts: Mapping[str, Tensor] | Non
 
 @dataclass(frozen=True)
 class _Means:
-    """Of one layer: P [E] (of real experts, summing to 1), z and entropy as means over real tokens; [E] what they weigh in total."""
+    """Of one layer: P [E] (of real experts, summing to 1), z and entropy as means over real tokens; [E] what experts weigh, the
+    same."""
 
     probability: Tensor
     z: Tensor
@@ -180,7 +190,7 @@ class _Means:
             return values.masked_fill(~mask, 0).sum(0) / tokens
 
         z = torch.logsumexp(_wide(logits), -1).square()
-        return cls(mean(shares), mean(z), mean(entropy(whole)), routing.pairs.gates().sum(0))
+        return cls(mean(shares), mean(z), mean(entropy(whole)), routing.pairs.gates().sum(0) / tokens)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from moeforge_kernels.pairs import Pairs, pairs_from_list, pairs_from_slots
 from ..errors import BadInput
 from . import select
 from .config import RouterConfig
+from .context import Force
 from .routing import Routing
 from .scores import make_scores
 
@@ -64,16 +65,27 @@ class Router(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, *, real: Tensor | None = None, labels: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, *, real: Tensor | None = None, labels: Tensor | None = None,
+                force: Force | None = None) -> Routing:  # fmt: skip
         """[T, D] -> Routing; padding (`real` False) and tokens with a label that has no experts go to no expert.
+
+        Args:
+            force: another choice than the config's: that expert (modulo E), or the label's, alone and with weight 1; or all experts
+                by their scores, whatever the config's gate_scale.
 
         Raises:
             BadInput: the policy needs labels, and nobody gave any.
         """
         config = self.config
         policy = config.train_select if self.training and config.train_select is not None else config.select
+        if isinstance(force, int):
+            return self._fixed(x, real, torch.full((len(x),), force % self.experts, device=x.device), 1.0)
+        if force == "label":
+            return self._fixed(x, real, self._known(labels), 1.0)
         if policy == "fixed":
-            return self._fixed(x, self._known(labels), real)
+            return self._fixed(x, real, self._known(labels), config.factor)
+        if force == "all":
+            policy = "all"
         with _without_autocast(x.device.type):
             logits, seen = self._logits(x)
         real, allowed = self._eligible(x, real, labels)
@@ -83,7 +95,9 @@ class Router(nn.Module):
         if policy == "expert_choice":
             pairs = self._experts_choose(probabilities, real, allowed)
         else:
-            pairs = self._tokens_choose(policy, seen, probabilities, real)
+            pairs = self._tokens_choose(
+                policy, seen, probabilities, real, "prob" if force == "all" else config.gate_scale
+            )
         routing = Routing(pairs, logits, probabilities, real, config.by_label)
         return routing.scaling_inputs() if config.scale_at == "input" else routing
 
@@ -125,7 +139,8 @@ class Router(nn.Module):
             )
         return labels
 
-    def _tokens_choose(self, policy: str, seen: Tensor, probabilities: Tensor, real: Tensor | None) -> Pairs:
+    def _tokens_choose(self, policy: str, seen: Tensor, probabilities: Tensor, real: Tensor | None,
+                       gate_scale: select.GateScale) -> Pairs:  # fmt: skip
         config = self.config
         by_logit = config.order == "select_score"
         preference = (seen if by_logit else probabilities).detach()
@@ -151,7 +166,7 @@ class Router(nn.Module):
             share = self.shares[1 if policy == "switch" else config.top_k][0]
             quota = share.quota(len(seen)) if real is None else share.quota_of(real.sum())
             chosen = select.within_capacity(index, chosen, self.experts, quota)
-        weight = select.gate(weight, chosen, config.gate_scale, config.factor)
+        weight = select.gate(weight, chosen, gate_scale, config.factor)
         # null experts answer nothing: their pairs are left out, what they weigh is gone
         index = index.masked_fill(~chosen, self.experts).clamp_max(self.experts)
         return pairs_from_slots(index, weight, self.experts)
@@ -166,11 +181,11 @@ class Router(nn.Module):
         weight = select.gate(found.weight, found.token < len(probabilities), config.gate_scale, config.factor)
         return pairs_from_list(found.token, found.expert, weight, len(probabilities), self.experts)
 
-    def _fixed(self, x: Tensor, labels: Tensor, real: Tensor | None) -> Routing:
+    def _fixed(self, x: Tensor, real: Tensor | None, labels: Tensor, factor: float) -> Routing:
         valid = (labels >= 0) & (labels < self.experts)
         real = valid if real is None else valid & real
         index = labels.masked_fill(~real, self.experts).unsqueeze(-1)
-        weight = x.new_full(index.shape, self.config.factor, dtype=torch.promote_types(x.dtype, torch.float32))
+        weight = x.new_full(index.shape, factor, dtype=torch.promote_types(x.dtype, torch.float32))
         return Routing(pairs_from_slots(index, weight, self.experts), None, None, real)
 
     @torch.no_grad()

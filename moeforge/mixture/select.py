@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NEVER = float("-inf")
+GateScale = Literal["prob", "none", "straight_through"]
 Score = Literal["softmax", "sigmoid"]
 
 
@@ -105,7 +106,7 @@ def normalised(weight: Tensor) -> Tensor:
     return weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-def gate(weight: Tensor, chosen: Tensor, kind: Literal["prob", "none", "straight_through"], factor: float) -> Tensor:
+def gate(weight: Tensor, chosen: Tensor, kind: GateScale, factor: float) -> Tensor:
     """The weight; 1; or 1 with the weight's gradient. All times `factor`."""
     if kind == "none":
         weight = chosen.to(weight.dtype)

@@ -38,8 +38,9 @@ class SharedRouter(nn.Module):
     def _decide(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         x = hidden.reshape(-1, hidden.shape[-1])
-        real, labels = (None, None) if self.context is None else self.context.of(len(x))
-        decided: Routing = self.router(x, real=real, labels=labels)
+        context = self.context
+        real, labels = (None, None) if context is None else context.of(len(x))
+        decided: Routing = self.router(x, real=real, labels=labels, force=None if context is None else context.force)
         if self.context is not None:
             self.context.note(self.name, decided)
         self.decided = decided

@@ -75,6 +75,15 @@ def fill(model: Any, adapter: ExpertAdapter) -> None:
             part.copy_(to_torch(adapter.read(name)))
 
 
+@torch.no_grad()
+def read_own(adapter: ExpertAdapter, item: OwnTensor) -> Tensor:
+    """A parameter's float32 value from an adapter's tensors, unrounded by what the model computes in."""
+    value = torch.empty(item.shape)
+    for name, part in item.split(value).items():
+        part.copy_(to_torch(adapter.read(name)))
+    return value
+
+
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "nothing" if shape is None else str(list(shape))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ Content = str | list[dict[str, Any]]
 """Plain text, or chat messages (`[{"role": ..., "content": ...}, ...]`) for the tokenizer's chat template."""
 
 
+Label = int | str
+"""What a document is about: the number or name of an expert."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One document: attention never crosses its borders."""
@@ -35,6 +39,8 @@ class Document:
     read: Callable[[], Content]
     changed: int = 0
     """Time of the file's last change in nanoseconds, where there is a file that may change."""
+    label: Label = 0
+    """The number of its source among those of `--data`, or what its record says (:mod:`moeforge.train.labels`)."""
 
     @property
     def identity(self) -> list[str | int]:
@@ -51,12 +57,16 @@ class Pool:
     """Share of the predicted tokens, relative to the other pools' weights."""
 
 
-def find_documents(specs: Iterable[str]) -> list[Document]:
+def find_documents(specs: Iterable[str], *, first: int = 0, field: str | None = None) -> list[Document]:
     """Every document of the given sources, in a fixed order (files by name, then position within the file).
 
     A source is a file (.txt, .md, .rst, .py: one document; .jsonl: one a line, with `text` or `messages`; .parquet: one a
     row, with the same columns), a directory of such files, a text of :mod:`moeforge.texts`, or a dataset of the Hub
     (:mod:`moeforge.train.hub_data`).
+
+    Args:
+        first: label of the first source; each further one has the next number.
+        field: what a .jsonl or .parquet record calls its label, instead of the source's number.
 
     Raises:
         UsageProblem: a source that does not exist or whose kind is unknown.
@@ -65,14 +75,16 @@ def find_documents(specs: Iterable[str]) -> list[Document]:
     from .sources import documents_of
 
     specs = list(specs)
-    found = [document for spec in specs for document in documents_of(spec)]
+    found = [document if field else replace(document, label=number) for number, spec in enumerate(specs, first)
+             for document in documents_of(spec, field)]  # fmt: skip
     if not found:
         raise BadInput(f"--data {' '.join(specs)}: no documents in it; give text files of {', '.join(sorted(KINDS))}")
     return found
 
 
-def find_pools(specs: Sequence[str]) -> list[Pool]:
-    """The documents of `specs`, each a source or `SOURCE=WEIGHT`: one pool without weights, else one a source.
+def find_pools(specs: Sequence[str], field: str | None = None) -> list[Pool]:
+    """The documents of `specs`, each a source or `SOURCE=WEIGHT`: one pool without weights, else one a source. `field` holds their
+    labels (:func:`find_documents`).
 
     Raises:
         UsageProblem: a weight that is no positive number, or weights on some sources only; and what
@@ -81,10 +93,11 @@ def find_pools(specs: Sequence[str]) -> list[Pool]:
     parts = [split_weight(spec) for spec in specs]
     bare = [source for source, weight in parts if weight is None]
     if len(bare) == len(parts):
-        return [Pool(tuple(find_documents(bare)))]
+        return [Pool(tuple(find_documents(bare, field=field)))]
     if bare:
         raise UsageProblem(f"--data {bare[0]} has no weight while others have one; write {bare[0]}=WEIGHT too")
-    return [Pool(tuple(find_documents([source])), weight) for source, weight in parts if weight is not None]
+    return [Pool(tuple(find_documents([source], first=number, field=field)), weight)
+            for number, (source, weight) in enumerate(parts) if weight is not None]  # fmt: skip
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -150,4 +163,5 @@ def _cut(document: Document) -> list[Document]:
     if len(pieces) < 2:
         raise UsageProblem(f"--data {document.key}: one document only, too short to hold some of it out; give more text, or "
                            "pass --held-out 0 to train without a held-out loss")  # fmt: skip
-    return [Document(f"{document.key}#{i}", len(piece), partial(str, piece)) for i, piece in enumerate(pieces)]
+    return [Document(f"{document.key}#{i}", len(piece), partial(str, piece), label=document.label)
+            for i, piece in enumerate(pieces)]  # fmt: skip

@@ -12,16 +12,19 @@ from ..checkpoint.tensor import TensorInfo
 from ..errors import UsageProblem
 
 
-def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], select: str) -> int | None:
+def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], select: str, *, adapter: bool = False) -> int | None:  # fmt: skip
     """How many parameters `--train select` will train; None where a pattern may be on names that only the loaded model
     has: mixtures fuse their experts in memory, and families that nobody has described, or whose files may leave out a prefix, may
     rename anything.
+
+    Args:
+        adapter: `tensors` are those of an adapter of LoRA experts that may learn: what is no router belongs to an expert.
 
     Raises:
         UsageProblem: experts or routers of a checkpoint that has none, or a pattern that no parameter of a described dense
             family matches.
     """
-    experts = {name for name, info in tensors.items() if role_of(info) == "experts"}
+    experts = {name for name, info in tensors.items() if ("lora_" in name if adapter else role_of(info) == "experts")}
     routers = {name for name, info in tensors.items()
                if role_of(info) == "routers" and len(info.shape) == 2 and info.shape[0] > 1}  # fmt: skip
     groups = {"all": set(tensors), "experts": experts, "routers": routers}
@@ -29,9 +32,8 @@ def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     chosen: set[str] = set()
     for part in (part.strip() for part in select.split(",")):
         if part in groups and not groups[part]:
-            raise UsageProblem(
-                f"--train {part}: the checkpoint has no mixture layers; upcycle it first, or use --train all"
-            )
+            why = "nothing of the kind learns in this adapter" if adapter else "the checkpoint has no mixture layers"
+            raise UsageProblem(f"--train {part}: {why}; {'use' if adapter else 'upcycle it first, or use'} --train all")
         found = groups.get(part) or set(fnmatch.filter(tensors, part))
         if not found:
             # a file may leave out the prefix that a model's own class puts before the names

@@ -5,7 +5,7 @@ Tensors that did not learn are copied byte for byte from the source; only learnt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from ..checkpoint.base import Checkpoint
+from ..checkpoint.expert_adapter import ExpertAdapter, adapter_ops
 from ..checkpoint.ops import Input, TensorOp
 from ..checkpoint.tensor import NUMPY_DTYPES, TensorInfo
 from ..errors import BadInput
+from ..model.layout import own_tensors
 
 if TYPE_CHECKING:
     from ..model.weights import WeightMap
@@ -38,6 +40,20 @@ def trained_ops(source: Checkpoint, weights: WeightMap, learnt: Mapping[str, tor
                 raise BadInput(f"{key}: trained values of shape {list(part.shape)}, the source has {list(info.shape)}")
             made[key] = TensorOp((info,), compute=partial(_encode, part, info), note="trained")
     return [made.get(name) or TensorOp((info,), (Input(source, name),)) for name, info in source.tensors.items()]
+
+
+def trained_adapter_ops(
+    source: ExpertAdapter, model: torch.nn.Module, learnt: Mapping[str, torch.Tensor]
+) -> list[TensorOp]:
+    """The plan that writes an adapter again with `learnt` in place of what it held, and nothing of its base."""
+    values: dict[str, tuple[TensorInfo, Callable[[], np.ndarray]]] = {}
+    for item in own_tensors(model):
+        parts = item.split(learnt[item.parameter].detach()) if item.parameter in learnt else {}
+        for name in item.shapes():
+            info = source.tensors[name]
+            make = partial(_encode, parts[name], info) if parts else partial(source.read, name)
+            values[name] = (info, make)
+    return adapter_ops(values)
 
 
 def _parts(source: Checkpoint, weights: WeightMap, name: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -4,54 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, GateRefused, Interrupted, ReaderGone
-from ..mixture.losses import Weights, assignments, layer_losses
 from ..mixture.router import Router
-from ..mixture.routing import Routing
 from ..mixture.statistics import Statistics
 from ..options import format_bytes
 from ..pipeline.manifest import peak_rss_bytes
+from .batch import Batch, forward
+from .labels import labels_of
 from .losses import token_loss_sum
 from .metrics import Metrics, load_metrics
 from .packing import Cursor, Packer, Row
-from .params import Choice, Masters, Optimizer, make_optimizer
-from .routing import Site, watch
-from .schedule import Schedule, rate
+from .params import Choice, Masters, make_optimizer
+from .routing import Site
+from .schedule import rate
+from .settings import Settings
 from .state import load_state, save_state
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result, apart from model and data."""
-
-    rows: int
-    """B, rows in one forward pass."""
-    accumulate: int = 1
-    """Forward passes before each update; the gradient is that of the mean over all their tokens."""
-    budget: Literal["steps", "tokens", "minutes"] = "steps"
-    amount: float = 100
-    optimizer: Optimizer = "adamw"
-    learning_rate: float = 1e-4
-    router_scale: float = 1.0
-    weight_decay: float = 0.1
-    schedule: Schedule = "cosine"
-    warmup: float = 0.05
-    clip: float = 1.0
-    """Largest gradient norm; 0 is no clipping."""
-    balance: float = 0.01
-    z: float = 0.0
-    bias_rate: float = 0.001
-    """How far a selection bias moves in each step, for routers that have one (arXiv:2408.15664)."""
-    evaluate_every: int = 0
-    save_every: int = 0
+from .step import Step
 
 
 class Keeper(Protocol):
@@ -62,37 +38,6 @@ class Keeper(Protocol):
     def place(self, step: int) -> Path: ...
 
     def record(self, path: Path, step: int) -> None: ...
-
-
-@dataclass
-class Batch:
-    """Rows as tensors [B, T]."""
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    real: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
-        def stack(name: str) -> Tensor:
-            return torch.stack([torch.from_numpy(getattr(row, name)) for row in rows]).to(device)
-
-        return cls(stack("tokens"), stack("labels"), stack("positions"), stack("real"))
-
-    @property
-    def predicted(self) -> int:
-        return int((self.labels >= 0).sum())
-
-
-@dataclass
-class Totals:
-    """Sums over the forward passes of a step, or of an evaluation."""
-
-    tokens: int = 0
-    loss: float = 0.0
-    balance: float = 0.0
-    z: float = 0.0
 
 
 def peak_memory(device: torch.device) -> int:
@@ -122,13 +67,6 @@ def save_memory(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(kwargs)  # pyright: ignore[reportCallIssue]
 
 
-def forward(model: nn.Module, sites: list[Site], batch: Batch) -> tuple[Tensor, dict[str, Routing]]:
-    """Logits [B, T, V], and what the routers said by site. Positions that restart keep documents apart."""
-    with watch(sites, batch.real) as seen:
-        logits = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits
-    return logits, seen
-
-
 @torch.no_grad()
 def borders_hold(model: nn.Module, sites: list[Site], vocabulary: int) -> bool:
     """Whether the model keeps packed documents apart: another first document must not change the second one's logits.
@@ -144,7 +82,7 @@ def borders_hold(model: nn.Module, sites: list[Site], vocabulary: int) -> bool:
     training = model.training
     model.eval()
     try:
-        logits, _ = forward(model, sites, Batch(tokens, tokens, positions, tokens >= 0))
+        logits, _ = forward(model, sites, Batch(tokens, tokens, positions, tokens >= 0, torch.zeros_like(tokens)))
     except TypeError as error:
         import transformers
 
@@ -162,20 +100,22 @@ def borders_hold(model: nn.Module, sites: list[Site], vocabulary: int) -> bool:
 @torch.no_grad()
 def evaluate(model: nn.Module, sites: list[Site], packer: Packer, rows: int, device: torch.device,
              tick: Callable[[int], None] = lambda _: None) -> dict[str, Any]:  # fmt: skip
-    """Held-out loss in nats a token, and each expert's share of the assignments, over one pass of `packer`."""
+    """Held-out loss in nats a token, and each expert's share of the assignments (by label too, where documents have several), over one
+    pass of `packer`."""
     training = model.training
     model.eval()
-    totals, statistics = Totals(), Statistics()
+    known = labels_of(packer.pools)
+    predicted, summed, statistics = 0, 0.0, Statistics(known if known > 1 else 0)
     for chunk in _chunks(packer.rows(repeat=False), rows):
         batch = Batch.of(chunk, device)
         logits, seen = forward(model, sites, batch)
-        totals.tokens += batch.predicted
-        totals.loss += float(token_loss_sum(logits, batch.labels))
-        statistics.add(seen)
+        predicted += batch.predicted
+        summed += float(token_loss_sum(logits, batch.labels))
+        statistics.add(seen, None if batch.about is None else batch.about.flatten())
         tick(batch.predicted)
     model.train(training)
-    loss = totals.loss / totals.tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": totals.tokens, **load_metrics(statistics)}  # fmt: skip
+    loss = summed / predicted
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": predicted, **load_metrics(statistics)}  # fmt: skip
 
 
 def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
@@ -213,7 +153,9 @@ class Loop:
         self.device = next(model.parameters()).device
         self.masters = Masters(choice.params, precise)
         self.named = self.masters.named
-        self.scored = any(site.scored for site in sites)
+        self.scored = settings.route != "label" and any(site.scored for site in sites)
+        self.started = {name: master.detach().clone() for name, master in self.named.items()
+                        if settings.preserve and name in choice.experts}  # fmt: skip
         learning = [site for site in sites if any(param.requires_grad for param in site.router.parameters())]
         self.biased = {site.name: site.router for site in learning
                        if isinstance(site.router, Router) and site.router.selection_bias is not None}  # fmt: skip
@@ -221,7 +163,10 @@ class Loop:
         self.biases = {name: buffer for name, buffer in model.named_buffers() if id(buffer) in ours}
         """Selection biases by name: moved by the load and not by gradients, so they are kept beside the parameters."""
         self.optimizer = make_optimizer(choice, self.masters, kind=settings.optimizer, rate=settings.learning_rate,
-                                        router_scale=settings.router_scale, weight_decay=settings.weight_decay)  # fmt: skip
+                                        router_scale=settings.router_scale, weight_decay=settings.weight_decay,
+                                        lora_plus=settings.lora_plus)  # fmt: skip
+        self.moved = 0.0
+        """Squared distance of the experts that are to be preserved from where they started."""
         self.step = self.tokens = self._resumed_tokens = 0
         self._resumed_seconds = 0.0
         self.cursor = Cursor()
@@ -293,52 +238,32 @@ class Loop:
         batches = [Batch.of(chunk, self.device) for chunk in chunks]
         sizes = [sum(batch.predicted for batch in batches), sum(int(batch.real.sum()) for batch in batches)]
         predicted, real = self._sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
-        totals, weights = Totals(int(predicted)), Weights(balance=settings.balance, z=settings.z)
-        counts: dict[str, Tensor] = {}
+        told = settings.routing_every > 0 and (self.step + 1) % settings.routing_every == 0
+        step = Step(
+            self.model, self.sites, settings, predicted, real, self._sum, self.scored, Statistics() if told else None
+        )
         self.model.train()
-        for batch in batches:
-            self.check()
-            logits, seen = forward(self.model, self.sites, batch)
-            summed = token_loss_sum(logits, batch.labels)
-            # every mean is over all tokens of the step, on all ranks, so uneven padding weighs nothing extra
-            loss = summed / predicted
-            totals.loss += float(summed.detach())
-            with torch.no_grad():
-                counts = {name: counts.get(name, 0) + self._sum(count) for name, count in assignments(seen).items()}
-            if self.scored:
-                # what is a mean over real tokens weighs by them, as its share of the whole step's
-                terms, share = layer_losses(seen, counts), int(batch.real.sum()) / real
-                loss = loss + share * terms.layers * weights.total(terms)
-                totals.balance += share * float(terms.balance.detach())
-                totals.z += share * float(terms.z.detach())
-            if not math.isfinite(float(loss.detach())):
-                self._drop_gradients()
-                raise GateRefused(
-                    f"the loss became {float(loss.detach())} at step {self.step + 1}; nothing was written. "
-                    f"Lower --learning-rate ({settings.learning_rate:g}), lengthen --warmup, or use --precision fp32"
-                )
-            loss.backward()
-        norm = self._finish_gradients()
-        if not math.isfinite(norm):
+        try:
+            for batch in batches:
+                self.check()
+                step.add(batch)
+            norm = self._finish_gradients()
+            if not math.isfinite(norm):
+                raise GateRefused(f"the gradient norm became {norm}")
+        except GateRefused as error:
             self._drop_gradients()
-            raise GateRefused(f"the gradient norm became {norm} at step {self.step + 1}; nothing was written. "
-                              f"Lower --learning-rate ({settings.learning_rate:g}) or use --precision fp32")  # fmt: skip
+            raise GateRefused(
+                f"{error} at step {self.step + 1}; nothing was written. "
+                f"Lower --learning-rate ({settings.learning_rate:g}), lengthen --warmup, or use --precision fp32"
+            ) from error
         self.optimizer.step()
         self._drop_gradients()
         self.masters.publish()
         for name, router in self.biased.items():
-            router.balance_bias(counts[name], settings.bias_rate)
-        self.step, self.tokens, self.cursor = self.step + 1, self.tokens + totals.tokens, cursor
-        sums = self._sum(torch.tensor([totals.loss, totals.balance, totals.z], dtype=torch.float64)).tolist()
-        record = {
-            "tokens": totals.tokens,
-            "loss": sums[0] / predicted,
-            "lr": settings.learning_rate * factor,
-            "norm": norm,
-        }
-        if self.scored:
-            record |= {"balance": sums[1], "z": sums[2]}
-        return record
+            router.balance_bias(step.counts[name], settings.bias_rate)
+        self.step, self.tokens, self.cursor = self.step + 1, self.tokens + int(predicted), cursor
+        record = {"tokens": int(predicted), "lr": settings.learning_rate * factor, "norm": norm, **step.record()}
+        return record | ({"preserve": self.moved} if self.started else {})
 
     def _sum(self, value: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -349,14 +274,18 @@ class Loop:
         return total
 
     def _finish_gradients(self) -> float:
-        """Sum gradients over ranks, clip them; returns the norm before clipping."""
-        gradients = []
-        for master in self.named.values():
+        """Sum gradients over ranks, add the pull towards the start, clip; returns the norm before clipping."""
+        gradients, self.moved = [], 0.0
+        for name, master in self.named.items():
             if master.grad is None:
                 # an expert without a token, or a parameter out of reach: it still decays and its moments fade
                 master.grad = torch.zeros_like(master)
             if self.accelerator.num_processes > 1:
                 master.grad.copy_(self._sum(master.grad))
+            if name in self.started:
+                away = master.detach() - self.started[name]
+                self.moved += float(away.square().sum())
+                master.grad.add_(away, alpha=2 * self.settings.preserve)
             gradients.append(master.grad)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True if self.device.type != "cpu" else None)
         if self.settings.clip > 0:

@@ -58,14 +58,18 @@ class Metrics:
 
 
 def load_metrics(statistics: Statistics) -> dict[str, Any]:
-    """What a held-out pass says of the routers, layer by layer: `load` [L][E], each expert's share of the assignments; `entropy` in
-    nats and the number of `dead` experts; and `imbalance`, the busiest expert's load over the mean, averaged over layers: 1 when
-    even, None for a dense model."""
+    """What is said of the routers, layer by layer: `load` [L][E], each expert's share of the assignments; `entropy` in
+    nats, the number of `dead` experts and the `violation`, the busiest expert's load over the mean, less 1; and `imbalance`, the busiest expert's load over the mean, averaged over layers: 1 when
+    even, None for a dense model. Where labels were counted, `by_label` [L][labels][E] is the load of each."""
     layers = list(statistics.as_json().values())
     violations = [layer["max_violation"] for layer in layers if layer["max_violation"] is not None]
-    return {
+    found: dict[str, Any] = {
         "load": [[round(share, 6) for share in layer["load"]] for layer in layers],
         "entropy": [None if layer["entropy"] is None else round(layer["entropy"], 6) for layer in layers],
         "dead": [len(layer["dead"]) for layer in layers],
+        "violation": [None if layer["max_violation"] is None else round(layer["max_violation"], 6) for layer in layers],
         "imbalance": 1 + sum(violations) / len(violations) if violations else None,
     }
+    if any("by_label" in layer for layer in layers):
+        found["by_label"] = [[[round(share, 6) for share in row] for row in layer["by_label"]] for layer in layers]
+    return found

@@ -49,6 +49,7 @@ class Row:
         labels: [T] int64, the token that follows in the same document, or `IGNORE`. Already shifted.
         positions: [T] int64, restart at 0 with each piece of a document: the sign of a border to packed attention.
         real: [T] bool, False for padding.
+        about: [T] int64, the label of the document that a token is from; -1 for padding.
         cursor: where the row after this one begins.
     """
 
@@ -56,6 +57,7 @@ class Row:
     labels: np.ndarray
     positions: np.ndarray
     real: np.ndarray
+    about: np.ndarray
     cursor: Cursor
 
 
@@ -101,18 +103,20 @@ class Packer:
         """
         places = list(cursor.places) or [Place()] * len(self.pools)
         last = [math.inf if repeat else place.epoch for place in places]
-        pieces: list[np.ndarray] = []
+        pieces: list[tuple[np.ndarray, int]] = []
         room = self.length
         while (turn := self._turn(places, last)) is not None:
             place = places[turn]
-            tokens = self._encoded(turn, self.order(turn, place.epoch)[place.index])
+            index = self.order(turn, place.epoch)[place.index]
+            tokens, label = self._encoded(turn, index), self.pools[turn].documents[index].label
             # the last token has nothing to predict, so a piece ends before it; it still is the label before
             left = len(tokens) - 1 - place.offset
             take = min(max(left, 0), room)
             places[turn] = self._after(turn, place, take, done=take >= left)
             if take == 0:
                 continue
-            pieces.append(tokens[place.offset : place.offset + take + 1])
+            assert isinstance(label, int)  # words have been numbered (moeforge.train.labels)
+            pieces.append((tokens[place.offset : place.offset + take + 1], label))
             room -= take
             if room == 0 or not self.shared:
                 yield self._row(pieces, Cursor(tuple(places)))
@@ -146,11 +150,13 @@ class Packer:
             self._tokens = ((pool, index), encoded)
         return self._tokens[1]
 
-    def _row(self, pieces: list[np.ndarray], cursor: Cursor) -> Row:
-        spare = self.length - sum(len(piece) - 1 for piece in pieces)
-        tokens = [piece[:-1] for piece in pieces] + [np.full(spare, self.pad, np.int64)]
-        labels = [piece[1:] for piece in pieces] + [np.full(spare, IGNORE, np.int64)]
+    def _row(self, pieces: list[tuple[np.ndarray, int]], cursor: Cursor) -> Row:
+        spare = self.length - sum(len(piece) - 1 for piece, _ in pieces)
+        tokens = [piece[:-1] for piece, _ in pieces] + [np.full(spare, self.pad, np.int64)]
+        labels = [piece[1:] for piece, _ in pieces] + [np.full(spare, IGNORE, np.int64)]
+        about = [np.full(len(piece) - 1, label, np.int64) for piece, label in pieces] + [np.full(spare, -1, np.int64)]
         # padding restarts at 0 too: a piece of its own, which nothing real can see
         positions = [np.arange(len(part), dtype=np.int64) for part in tokens]
         real = np.arange(self.length) < self.length - spare
-        return Row(np.concatenate(tokens), np.concatenate(labels), np.concatenate(positions), real, cursor)
+        join = np.concatenate
+        return Row(join(tokens), join(labels), join(positions), real, join(about), cursor)

@@ -6,39 +6,58 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
 
 from ..errors import UsageProblem
+from ..mixture.layer import MixtureLayer
 from .routing import Site
+from .settings import Optimizer
 
 GROUPS = ("all", "experts", "routers")
-Optimizer = Literal["adamw", "adamw-8bit"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The parameters that learn: name -> parameter, in model order, and which of them belong to routers."""
+    """The parameters that learn: name -> parameter, in model order, and which of them belong to routers and to experts."""
 
     params: dict[str, nn.Parameter]
     routers: frozenset[str]
+    experts: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
         return sum(param.numel() for param in self.params.values())
 
+    def told(self, total: int) -> str:
+        """How many of a model's `total` parameters learn, by group, for people."""
+        sizes = {"experts": 0, "routers": 0, "others": 0}
+        for name, param in self.params.items():
+            sizes["routers" if name in self.routers else "experts" if name in self.experts else "others"] += (
+                param.numel()
+            )
+        parts = [f"{group} {size:,} ({size / total:.2%})" for group, size in sizes.items() if size]
+        return f"{self.size:,} of {total:,} parameters learn ({self.size / total:.2%}): {', '.join(parts)}"
 
-def choose(model: nn.Module, sites: Sequence[Site], select: str) -> Choice:
+
+def frozen_in(model: nn.Module) -> frozenset[str]:
+    """The parameters that a model with mixtures of ours holds frozen when it is loaded: the base under an adapter, imported experts."""
+    if not any(isinstance(module, MixtureLayer) for module in model.modules()):
+        return frozenset()
+    return frozenset(name for name, param in model.named_parameters() if not param.requires_grad)
+
+
+def choose(model: nn.Module, sites: Sequence[Site], select: str, frozen: frozenset[str] = frozenset()) -> Choice:
     """Freeze all but the selected parameters.
 
     Args:
         select: comma-separated: `all`, `experts`, `routers`, or patterns on parameter names with * and ?
             (`*.layers.2?.*` is layers 20 to 29).
+        frozen: what stays frozen whatever is selected (:func:`frozen_in`).
 
     Raises:
-        UsageProblem: a part that selects nothing.
+        UsageProblem: a part that selects nothing, or only what is frozen.
     """
     named = dict(model.named_parameters())
     ids = {id(param): name for name, param in named.items()}
@@ -53,10 +72,15 @@ def choose(model: nn.Module, sites: Sequence[Site], select: str) -> Choice:
         if not found:
             hint = "the model has no mixture layers" if part in GROUPS else f"names look like {next(iter(named))}"
             raise UsageProblem(f"--train {part}: selects no parameter; {hint}")
-        chosen |= found
+        if found <= frozen:
+            free = ", ".join(sorted(named.keys() - frozen)[:2]) or "nothing"
+            raise UsageProblem(f"--train {part}: selects {len(found)} parameters, all of them frozen in this model ({min(found)} first); "
+                               f"what can learn is called {free}")  # fmt: skip
+        chosen |= found - frozen
     for name, param in named.items():
         param.requires_grad_(name in chosen)
-    return Choice({n: p for n, p in named.items() if n in chosen}, frozenset(members["routers"] & chosen))
+    params = {n: p for n, p in named.items() if n in chosen}
+    return Choice(params, *(frozenset(members[group] & chosen) for group in ("routers", "experts")))
 
 
 class Masters:
@@ -101,17 +125,20 @@ def _hand_over(master: torch.Tensor, param: torch.Tensor) -> None:
     param.grad = None
 
 
-def make_optimizer(choice: Choice, masters: Masters, *, kind: Optimizer = "adamw", rate: float, router_scale: float,
-                   weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Optimizer:  # fmt: skip
+def make_optimizer(choice: Choice, masters: Masters, *, kind: Optimizer = "adamw", rate: float, router_scale: float, weight_decay: float,
+                   lora_plus: float = 1.0, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Optimizer:  # fmt: skip
     """AdamW (arXiv:1711.05101): torch's fused one, or bitsandbytes' with moments of 8 bits (arXiv:2110.02861), which keeps
-    those of small parameters in float32. Norms and biases do not decay; routers learn at `rate * router_scale`. Each group
-    holds `names` beside its `params`, and as `peak` its rate before the schedule."""
-    groups: dict[tuple[bool, bool], dict[str, torch.Tensor]] = {}
+    those of small parameters in float32. Norms, biases and routers do not decay; routers learn at `rate * router_scale`, the B of
+    LoRA experts at `rate * lora_plus` (LoRA+, arXiv:2402.12354). Each group holds `names` beside its `params`, and as `peak`
+    its rate before the schedule."""
+    groups: dict[tuple[float, bool], dict[str, torch.Tensor]] = {}
     for name, master in masters.named.items():
-        decays = master.ndim > 1 and not name.endswith("bias")
-        groups.setdefault((name in choice.routers, decays), {})[name] = master
-    table = [{"params": list(members.values()), "names": list(members), "peak": rate * (router_scale if router else 1.0),
-              "weight_decay": weight_decay if decays else 0.0} for (router, decays), members in groups.items()]  # fmt: skip
+        router = name in choice.routers
+        decays = master.ndim > 1 and not name.endswith("bias") and not router
+        scale = router_scale if router else lora_plus if name.endswith("lora_B") else 1.0
+        groups.setdefault((scale, decays), {})[name] = master
+    table = [{"params": list(members.values()), "names": list(members), "peak": rate * scale,
+              "weight_decay": weight_decay if decays else 0.0} for (scale, decays), members in groups.items()]  # fmt: skip
     if kind == "adamw-8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..mixture.context import MixtureContext
+from ..mixture.always import Always
+from ..mixture.context import Force, MixtureContext
 from ..mixture.experts.base import Experts
 from ..mixture.layer import MixtureLayer
 from ..mixture.router import Router
@@ -44,16 +45,19 @@ class Site:
 
     @property
     def scored(self) -> bool:
-        """Whether there are probabilities to balance: labels choose without."""
-        return not isinstance(self.router, Router) or self.router.config.kind != "label"
+        """Whether there are probabilities to balance: labels choose without, and where all tokens go one way nobody chooses."""
+        return not isinstance(self.router, Always) and not self.asks
+
+    @property
+    def asks(self) -> bool:
+        """Whether its router wants to know what tokens are about."""
+        return isinstance(self.router, Router) and self.router.config.kind == "label"
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """What belongs to an expert; not the base that some kinds share."""
         for bank in self.banks:
-            shared = (
-                {name for name, where in bank.stored().items() if where.shared} if isinstance(bank, Experts) else ()
-            )
-            yield from (param for name, param in bank.named_parameters() if name not in shared)
+            adopts = isinstance(bank, Experts) and bank.adopts
+            yield from (param for name, param in bank.named_parameters() if not (adopts and name.startswith("base.")))
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -67,6 +71,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     for name, block in modules:
         if isinstance(block, MixtureLayer) and isinstance(block.router, Router):
             sites.append(_ours(block, block.router, (block.experts,)))
+        elif isinstance(block, MixtureLayer) and isinstance(block.router, Always):
+            sites.append(Site(block.name, block.router, (block.experts,), block.experts.count, 1, "softmax", block))
         elif isinstance(block, SharedRouter):
             sites.append(_ours(block, block.router, tuple(followed.get(block, ()))))
         else:
@@ -116,6 +122,27 @@ def read_output(output: Any, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     raise TypeError("not a router: its output is no tuple of logits, weights and indices")
 
 
+def contexts_of(sites: list[Site]) -> list[MixtureContext]:
+    """What the mixtures of ours among the sites share."""
+    contexts: list[MixtureContext] = []
+    for site in sites:
+        if site.noting is not None:
+            if site.noting.context is None:  # a model that was put together by hand
+                site.noting.context = contexts[0] if contexts else MixtureContext()
+            if not any(context is site.noting.context for context in contexts):
+                contexts.append(site.noting.context)
+    return contexts
+
+
+@contextlib.contextmanager
+def forcing(sites: list[Site], force: Force | None) -> Iterator[None]:
+    """See :meth:`moeforge.mixture.context.MixtureContext.forcing`."""
+    with contextlib.ExitStack() as stack:
+        for context in contexts_of(sites):
+            stack.enter_context(context.forcing(force))
+        yield
+
+
 @contextlib.contextmanager
 def watch(sites: list[Site], real: Tensor | None = None) -> Iterator[dict[str, Routing]]:
     """Record the routers while the block runs; what they said is there when it ends: site name -> Routing.
@@ -132,13 +159,7 @@ def watch(sites: list[Site], real: Tensor | None = None) -> Iterator[dict[str, R
         # kept as it is: gradient checkpointing must find the same operations when it runs the layer without this hook
         outputs[site.name] = output
 
-    contexts: list[MixtureContext] = []
-    for site in sites:
-        if site.noting is not None:
-            if site.noting.context is None:  # a model that was put together by hand
-                site.noting.context = contexts[0] if contexts else MixtureContext()
-            if not any(context is site.noting.context for context in contexts):
-                contexts.append(site.noting.context)
+    contexts = contexts_of(sites)
     hooks = [site.router.register_forward_hook(lambda _m, _i, output, site=site: note(site, output))
              for site in sites if site.noting is None]  # fmt: skip
     try:

@@ -21,3 +21,5 @@ class Job:
     options: Options
     train: tuple[Pool, ...]
     held: tuple[Document, ...]
+    labels: tuple[str, ...] = ()
+    """Names of the labels, by number; empty where they are numbers."""

@@ -17,6 +17,14 @@ class Options:
     train: str = opt(
         "what learns: all, experts, routers, or patterns of parameter names; comma-separated", default="all"
     )
+    routing: Literal["config", "label", "all"] = opt(
+        "how tokens choose while training: as the routers are made; label: each text's own expert; all: every expert by its score",
+        default="config",
+    )
+    label_field: str | None = opt(
+        "what a .jsonl or .parquet record calls its label, a number or an expert's name [default: the number of its --data source]",
+        default=None,
+    )
     steps: int | None = opt("stop after this many updates [default: 200]", default=None, min=1)
     tokens: int | None = opt("stop after this many predicted tokens", default=None, min=1)
     minutes: float | None = opt("stop after this much training time", default=None, min=0.01)
@@ -28,15 +36,29 @@ class Options:
     )
     learning_rate: float = opt("peak learning rate of AdamW", default=5e-5, min=0)
     router_scale: float = opt("routers learn at this multiple of the learning rate", default=1.0, min=0)
+    lora_plus: float = opt(
+        "the B of LoRA experts learns at this multiple of the learning rate (LoRA+)", default=1.0, min=0
+    )
     schedule: Literal["cosine", "constant", "wsd"] = opt(
         "learning rate after the warm-up: cosine to a tenth, constant, or constant then linear to 0 in the last fifth",
         default="cosine",
     )
     warmup: float = opt("share of the budget in which the learning rate rises", default=0.05, min=0, max=1)
-    weight_decay: float = opt("decoupled weight decay, norms and biases left out", default=0.1, min=0)
+    weight_decay: float = opt("decoupled weight decay; norms, biases and routers left out", default=0.1, min=0)
     clip: float = opt("largest gradient norm; 0 does not clip", default=1.0, min=0)
     balance: float = opt("weight of each layer's load-balance loss (1 when even)", default=0.01, min=0)
     z_loss: float = opt("weight of each layer's router z-loss", default=0.0, min=0)
+    entropy: float = opt("weight of each layer's router entropy, in nats a token", default=0.0, min=0)
+    entropy_sign: Literal["plus", "minus"] = opt(
+        "plus adds the entropy: routers grow sure; minus subtracts it: they stay undecided (LoRA-Mixer, as printed)",
+        default="plus",
+    )
+    importance: float = opt(
+        "weight of each layer's importance loss (0 when experts weigh the same in total)", default=0.0, min=0
+    )
+    preserve: float = opt(
+        "weight of the experts' squared distance from where they start (LoRA-Mixer)", default=0.0, min=0
+    )
     precision: Literal["auto", "fp32", "bf16"] = opt(
         "what the model computes in; sums are always float32; auto is bf16 on an accelerator, fp32 on a CPU",
         default="auto",
@@ -47,6 +69,11 @@ class Options:
     held_out: float = opt("share of the documents kept for measuring; 0 measures nothing", default=0.02, min=0, max=0.9)
     evaluate_every: int = opt(
         "measure the held-out loss every so many updates as well; 0: before and after", default=0, min=0
+    )
+    routing_every: int = opt(
+        "write load, entropy and idle experts of every layer into metrics.jsonl every so many updates; 0: with the held-out loss only",
+        default=0,
+        min=0,
     )
     save_every: int = opt(
         "save the state for a resume every so many updates as well; 0: on Ctrl-C and at the end", default=0, min=0

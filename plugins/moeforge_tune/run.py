@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moeforge.checkpoint import open_checkpoint
-from moeforge.checkpoint.companions import write_companions
-from moeforge.checkpoint.writer import WrittenCheckpoint, write_checkpoint
+from moeforge.checkpoint.expert_adapter import ExpertAdapter
+from moeforge.checkpoint.writer import WrittenCheckpoint
+from moeforge.errors import UsageProblem
+from moeforge.model.adapters import read_own
 from moeforge.model.build import build
 from moeforge.model.kernels import use_kernels_where_faster
+from moeforge.model.layout import own_tensors
 from moeforge.model.load import load
 from moeforge.model.tokenizer import load_tokenizer
 from moeforge.model.weights import WeightMap
@@ -21,14 +24,15 @@ from moeforge.pipeline.stage import Written
 from moeforge.report.plots import check_drawing, plot_load, plot_loss
 from moeforge.train.data import Pool
 from moeforge.train.encoding import Encoder
-from moeforge.train.export import trained_ops
 from moeforge.train.hub_data import pinned
-from moeforge.train.loop import Loop, Result, Settings, borders_hold, peak_memory, save_memory
+from moeforge.train.loop import Loop, Result, borders_hold, peak_memory, save_memory
 from moeforge.train.packing import Packer
-from moeforge.train.params import choose
+from moeforge.train.params import choose, frozen_in
 from moeforge.train.routing import find_sites
+from moeforge.train.settings import Settings
 
 from .job import FOLDER, Job
+from .write import write
 
 if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint
@@ -43,17 +47,8 @@ def run(plan: Plan, out: Workspace, ctx: Context) -> Written:
     with open_checkpoint(job.src.ref) as source:
         loop = prepare(job, source, out, ctx)
         result = loop.run(ctx.bar)
-        weights = WeightMap(source, build(source.config))
-        # a tied parameter has several names, and the source may hold a tensor for each
-        masters = {id(param): master for param, master in loop.masters.pairs.values()}
-        learnt = {name: masters[id(param)] for name, param in loop.model.named_parameters(remove_duplicate=False)
-                  if id(param) in masters} | loop.biases  # fmt: skip
-        ops = trained_ops(source, weights, learnt)
-        write_companions(source, out.path, dict(source.config))
-        with ctx.bar("writing", sum(info.nbytes for info in source.tensors.values()), "B") as bar:
-            # no journal: a plan does not tell learnt weights from those of another attempt (another thread count), so a run
-            # that died while writing writes them all again, from the state that the loop left
-            written = write_checkpoint(ops, out.path, on_bytes=bar.advance, check=ctx.check)
+        with ctx.bar("writing", plan.facts["write_bytes"], "B") as bar:
+            written = write(source, loop, out.path, bar.advance, ctx.check)
         plot(result, out.path / FOLDER)
         for state in out.path.glob(f"{States.PREFIX}*"):
             state.unlink()
@@ -73,7 +68,11 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
     model = load(source, dtype=torch.bfloat16 if short else torch.float32, device=device)
     use_kernels_where_faster(model)
     sites = find_sites(model)
-    choice = choose(model, sites, options.train)
+    choice = choose(model, sites, options.train, frozen_in(model))
+    if options.preserve and not choice.experts:
+        raise UsageProblem(
+            f"--preserve {options.preserve:g}: no expert learns with --train {options.train}; leave it out"
+        )
     if options.gradient_checkpointing:
         save_memory(model)
     shared = borders_hold(model, sites, model.config.get_text_config().vocab_size)
@@ -82,9 +81,8 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
             f"{type(model).__name__} cannot keep packed documents apart, so each row holds one and is padded: slower, same result"
         )
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    ctx.say(f"{choice.size:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, "
-            f"{'bf16' if short else 'fp32'}, {len(sites)} mixture layers, {where}")  # fmt: skip
-    precise = _precise(source) if short else None
+    ctx.say(f"{choice.told(sum(p.numel() for p in model.parameters()))}; {'bf16' if short else 'fp32'}, {len(sites)} mixture layers, {where}")  # fmt: skip
+    precise = _precise(source, model) if short else None
 
     def packer(pools: Sequence[Pool], seed: int | None) -> Packer:
         pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
@@ -95,7 +93,9 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
         rows=options.batch_size, accumulate=options.accumulate, budget=budget, amount=amount,
         optimizer=options.optimizer, learning_rate=options.learning_rate, router_scale=options.router_scale, weight_decay=options.weight_decay,
         schedule=options.schedule, warmup=options.warmup, clip=options.clip, balance=options.balance, z=options.z_loss,
-        evaluate_every=options.evaluate_every, save_every=options.save_every,
+        entropy=options.entropy, entropy_sign=options.entropy_sign, importance=options.importance, preserve=options.preserve,
+        lora_plus=options.lora_plus, route=options.routing,
+        evaluate_every=options.evaluate_every, routing_every=options.routing_every, save_every=options.save_every,
     )  # fmt: skip
     (out.path / FOLDER).mkdir(exist_ok=True)
     return Loop(model, sites, choice, settings, packer(job.train, options.seed), packer([Pool(job.held)], None) if job.held else None,
@@ -103,8 +103,11 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
                 accelerator=accelerator)  # fmt: skip
 
 
-def _precise(source: Checkpoint) -> Any:
+def _precise(source: Checkpoint, model: Any) -> Any:
     """Reads a parameter in float32 however the model holds it."""
+    if isinstance(source, ExpertAdapter):
+        own = {item.parameter: item for item in own_tensors(model)}
+        return lambda name: read_own(source, own[name])
     weights = WeightMap(source, build(source.config))
 
     def read(name: str) -> torch.Tensor:
@@ -172,8 +175,10 @@ def report(job: Job, plan: Plan, source: Checkpoint, loop: Loop, result: Result,
             verdicts |= {"imbalance_before": first["imbalance"], "imbalance_after": last["imbalance"]}
             notes.append(f"busiest expert over the mean {first['imbalance']:.2f} -> {last['imbalance']:.2f}")
     notes.append(f"plots and metrics in {FOLDER}/")
+    if job.labels:
+        counts["labels"] = list(job.labels)
     return Written(
-        "checkpoint",
+        "adapter" if isinstance(source, ExpertAdapter) else "checkpoint",
         counts,
         verdicts,
         dict(written.files),

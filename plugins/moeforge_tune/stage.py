@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from moeforge.checkpoint.tensor import FLOATS
+from moeforge.checkpoint.expert_adapter import ExpertAdapter
+from moeforge.checkpoint.tensor import FLOATS, TensorInfo
 from moeforge.errors import BadInput, MachineLacks, UsageProblem
 from moeforge.pipeline.artifact import Artifact, Plan
 from moeforge.pipeline.stage import Bound, Written
 from moeforge.train.data import find_pools, hold_out_pools
+from moeforge.train.labels import check_route, labels_of, name_labels, number_labels
 
 from .job import Job
 from .options import Options
@@ -41,7 +44,9 @@ class Tune:
 
     def inputs(self, options: Options, method: Bound | None) -> list[Any]:
         """Identity of the text, for the run's key: names, sizes and times, no contents."""
-        return [document.identity for pool in find_pools(options.data) for document in pool.documents]
+        return [
+            document.identity for pool in find_pools(options.data, options.label_field) for document in pool.documents
+        ]
 
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
         from moeforge.checkpoint import open_checkpoint
@@ -68,7 +73,8 @@ def refuse(source: Checkpoint) -> None:
             raise BadInput(
                 f"{source.ref}: config.json has {key}: quantised weights cannot be trained; tune first, compress after"
             )
-    bad = next((info for info in source.tensors.values() if info.dtype not in FLOATS and len(info.shape) > 1), None)
+    # the base under an adapter is frozen, however it is stored
+    bad = next((info for info in written(source).values() if info.dtype not in FLOATS and len(info.shape) > 1), None)
     if bad is not None:
         raise BadInput(
             f"{source.ref}: {bad.name} is {bad.dtype}: only floating-point weights can be trained; convert it first"
@@ -78,16 +84,33 @@ def refuse(source: Checkpoint) -> None:
         raise BadInput(f"{source.ref}: architectures = {named}: not a causal language model, which is what tune trains")
 
 
+def written(source: Checkpoint) -> Mapping[str, TensorInfo]:
+    """The tensors that come out: of an adapter its own, never its base's."""
+    return (
+        {name: source.tensors[name] for name in sorted(source.own)}
+        if isinstance(source, ExpertAdapter)
+        else source.tensors
+    )
+
+
 def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     from moeforge.train.estimate import count_selected, peak_memory
 
     if options.optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise MachineLacks("--optimizer adamw-8bit needs bitsandbytes, which is not installed here: pip install bitsandbytes, "
                            "or use --optimizer adamw")  # fmt: skip
-    train, held = hold_out_pools(find_pools(options.data), options.held_out, options.seed)
+    pools = find_pools(options.data, options.label_field)
+    adapter = source if isinstance(source, ExpertAdapter) else None
+    names = [str(expert.get("name")) for expert in adapter.settings.get("experts", ())] if adapter else []
+    labels = name_labels(pools, names)
+    pools = number_labels(pools, labels)
+    check_route(source.config, options.routing, labels_of(pools), source.ref)
+    train, held = hold_out_pools(pools, options.held_out, options.seed)
     documents = [document for pool in train for document in pool.documents]
     total = sum(info.size for info in source.tensors.values())
-    trained = count_selected(source.config, source.tensors, options.train)
+    out = written(source)
+    learning = {name: info for name, info in out.items() if name not in adapter.frozen} if adapter else out
+    trained = count_selected(source.config, learning, options.train, adapter=adapter is not None)
     budget, amount = options.budget
     per_step = options.tokens_a_step
     tokens = None if budget == "minutes" else int(amount * (per_step if budget == "steps" else 1))
@@ -100,7 +123,8 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     if trained is None:
         warnings.append(f"--train {options.train}: whether it selects anything is known only once the model is loaded, whose "
                         "parameters are not called as the tensors of the files")  # fmt: skip
-    limit = source.config.get("max_position_embeddings")
+    dense = source.config.get("base_config") or source.config
+    limit = dense.get("max_position_embeddings")
     if isinstance(limit, int) and options.sequence_length > limit:
         raise UsageProblem(
             f"--sequence-length {options.sequence_length}: max_position_embeddings is {limit}; use at most that"
@@ -116,11 +140,11 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
         "documents_held_out": len(held),
         "text_tokens": available,
         "read_bytes": sum(info.nbytes for info in source.tensors.values()),
-        "write_bytes": sum(info.nbytes for info in source.tensors.values()),
+        "write_bytes": sum(info.nbytes for info in out.values()),
         "peak_memory_bytes": peak_memory(
-            source.config,
+            dense,
             total,
-            total if trained is None else trained,
+            sum(info.size for info in learning.values()) if trained is None else trained,
             short=options.precision == "bf16",
             rows=options.batch_size,
             tokens=options.sequence_length * options.batch_size,
@@ -132,9 +156,9 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     return Plan(
         verb="tune", method=None,
         summary=f"train {what} for {amount:g} {budget} on {len(documents)} documents",
-        config=dict(source.config),
-        tensors={name: (info.dtype, info.shape) for name, info in source.tensors.items()},
+        config=None if adapter else dict(source.config),
+        tensors={name: (info.dtype, info.shape) for name, info in out.items()},
         facts={name: value for name, value in facts.items() if value is not None},
         warnings=tuple(warnings),
-        payload=Job(src, options, tuple(train), tuple(held)),
+        payload=Job(src, options, tuple(train), tuple(held), tuple(labels)),
     )  # fmt: skip

@@ -6,8 +6,9 @@ import torch
 import moeforge.train.routing as routing_module
 from moeforge.mixture.config import ExpertsConfig, MixtureConfig, RouterConfig
 from moeforge.mixture.context import MixtureContext
-from moeforge.mixture.experts.delta import DeltaExperts
 from moeforge.mixture.experts.ffn import FFNExperts
+from moeforge.mixture.experts.lora_ffn import LoraFFNExperts
+from moeforge.mixture.experts.low_rank import LowRank
 from moeforge.mixture.layer import MixtureLayer
 from moeforge.mixture.router import Router
 from moeforge.mixture.shared import Following, SharedRouter
@@ -169,8 +170,10 @@ def test_labels_choose_without_a_loss(tiny, tmp_path):
 
 def test_experts_are_chosen_without_the_base_they_share():
     torch.manual_seed(0)
+    adapted = LoraFFNExperts(4, 6, 8, LowRank(rank=2), roles=("up", "down"), names={"up": "up", "down": "down"})
+    adapted.adopt({"up": ("up", torch.nn.Linear(6, 8)), "down": ("down", torch.nn.Linear(8, 6))}, "relu")
     model = torch.nn.ModuleDict({
-        "a": MixtureLayer(Router(RouterConfig(), 6, 4), DeltaExperts(4, 6, 8, rank=2, alpha=2.0), name="a"),
+        "a": MixtureLayer(Router(RouterConfig(), 6, 4), adapted, name="a"),
         "b": MixtureLayer(Router(RouterConfig(), 6, 3), FFNExperts(3, 6, 8), name="b"),
     })  # fmt: skip
     choice = choose(model, find_sites(model), "experts")
@@ -180,7 +183,7 @@ def test_experts_are_chosen_without_the_base_they_share():
         "down_lora_A",
         "down_lora_B",
     }
-    assert not model["a"].experts.base_up_proj.requires_grad
+    assert not any(p.requires_grad for p in adapted.base.parameters())
     model["b"].name = "a"
     with pytest.raises(ValueError, match="names of their own; found a, a"):
         find_sites(model)

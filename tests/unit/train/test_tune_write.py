@@ -11,7 +11,7 @@ from moeforge.errors import MachineLacks
 from moeforge.testing import inprocess
 from moeforge.testing.models import tiny_dense, tiny_tokenizer
 from moeforge.train.loop import Loop
-from moeforge_tune import run as work
+from moeforge_tune import write as work
 
 
 @pytest.mark.parametrize("save_every", [0, 2])

@@ -7,6 +7,7 @@ in float64, where two different formulas never agree and one formula always does
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def gated_formula(module: nn.Module, names: list[str], where: str) -> Formula:
     x = _random(random, TOKENS, D)
     try:
         with torch.no_grad():
-            found = torch.func.functional_call(module, weights, (x,))
+            found = torch.func.functional_call(_unpacked(module, names), weights, (x,))
     except Exception as error:  # whatever a stranger's forward raises: it is not the network that we look for
         raise BadInput(
             f"{where}: {type(module).__name__} cannot be tried on small numbers: {one_line(error)}"
@@ -95,6 +96,29 @@ def gated_formula(module: nn.Module, names: list[str], where: str) -> Formula:
         f"{where}: {type(module).__name__} with the linear maps {', '.join(names)} is no gated network with one of the "
         f"activations {', '.join(sorted(FUNCTIONS))}"
     )
+
+
+def _unpacked(module: nn.Module, names: list[str]) -> nn.Module:
+    """The module with plain linear maps where it has packed ones (4 bits), which run on nothing but their own weights; itself where
+    there are none. What is not packed is shared."""
+    packed = [name for name in names if not _is_plain(module.get_submodule(name))]
+    made = copy.copy(module) if packed else module
+    for name in packed:
+        old, owner = module.get_submodule(name), made
+        owner._modules = dict(owner._modules)
+        *holders, leaf = name.split(".")
+        for holder in holders:
+            inner = copy.copy(owner.get_submodule(holder))
+            inner._modules = dict(inner._modules)
+            owner._modules[holder] = inner
+            owner = inner
+        owner._modules[leaf] = nn.Linear(1, 1, bias=getattr(old, "bias", None) is not None, device="meta")
+    return made
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    weight = getattr(linear, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point()
 
 
 def activation_beside(layer: nn.Module, holder: str) -> Iterator[Activation]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import moeforge
-from moeforge.errors import Interrupted, UsageProblem
+from moeforge.errors import Interrupted, MoeforgeError, UsageProblem
 from moeforge.testing import inprocess
 from moeforge.testing.models import tiny_dense, tiny_tokenizer
 from moeforge.train.loop import Loop
@@ -132,3 +132,79 @@ def test_bf16_learns_what_is_stored_in_float32(home, tmp_path):
     assert all(torch.equal(old[n], new[n]) for n in old if "lora_" in n), "what did not learn is not rounded"
     routers = [n for n in old if "router" in n]
     assert all(0 < float((old[n] - new[n]).abs().max()) < 1e-5 for n in routers), "steps below what bf16 resolves"
+
+
+@pytest.mark.parametrize("name", ["mixlora", "lora-mixer"])
+def test_an_adapter_over_a_base_in_4_bits_learns_and_leaves_its_bytes_alone(home, tmp_path, name):
+    packed = inprocess.run("compress", home / "dense", tmp_path / "nf4", "nf4").path
+    before = digest(packed)
+    src = inprocess.run("attach", packed, tmp_path / "adapter", name, rank=4, experts="3", verify=False).path
+    made = tune(home, src, tmp_path / "out", steps=25, gradient_checkpointing=True)
+    verdicts = made.manifest["verdicts"]
+    assert verdicts["held_out_loss_after"] < verdicts["held_out_loss_before"] - 0.3
+    assert digest(packed) == before
+    old, new = tensors(src), tensors(made.path)
+    assert sum(torch.equal(old[n], new[n]) for n in old) == 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_choose_in_training_and_routers_in_measuring(home, tmp_path, label):
+    """The hard phase: text moves its own expert alone; what is measured is the config's routing, here both experts."""
+    text = tmp_path / "text.jsonl"
+    lines = [json.loads(line) for line in (home / "one.jsonl").open()]
+    text.write_text("".join(json.dumps(line | {"expert": label}) + "\n" for line in lines))
+    src = inprocess.run(
+        "attach", home / "dense", tmp_path / "two", "lora-mixer", rank=4, experts="2", top_k=2, verify=False
+    ).path
+    made = tune(home, src, tmp_path / "out", data=(str(text),), routing="label", label_field="expert")
+    old, new = tensors(src), tensors(made.path)
+    moved = {n for n in old if not torch.equal(old[n], new[n]) and "lora_B" in n}
+    assert moved == {n for n in old if "lora_B" in n and f".experts.{label}." in n}
+    assert not any("router" in n for n in old if not torch.equal(old[n], new[n]))
+    held = [json.loads(line) for line in (made.path / "tune/metrics.jsonl").open() if "held_out" in line]
+    assert all(layer == [0.5, 0.5] for layer in held[0]["load"])
+
+
+def test_a_label_field_of_words_is_numbered_and_recorded(home, tmp_path):
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text((home / "one.jsonl").read_text() + (home / "two.jsonl").read_text())
+    two = inprocess.run(
+        "attach", home / "dense", tmp_path / "two", "lora-mixer", rank=4, experts="2", top_k=2, verify=False
+    ).path
+    made = tune(home, two, tmp_path / "out", data=(str(mixed),), routing="label", label_field="kind")
+    assert made.manifest["counts"]["labels"] == ["code", "wine"]
+
+
+def test_all_experts_take_part_in_the_soft_phase(home, tmp_path):
+    made = tune(home, home / "mixlora", tmp_path / "out", routing="all", routing_every=1, steps=2)
+    records = [json.loads(line) for line in (made.path / "tune/metrics.jsonl").open()]
+    told = [record["routing"] for record in records if "routing" in record]
+    assert all(layer == pytest.approx([0.25] * 4, abs=1e-6) for record in told for layer in record["load"])
+    assert (made.path / "adapter_config.json").read_text() == (home / "mixlora/adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"routing": "label", "data": 3}, r"3 labels .* and 2 experts at q of layer 1"),
+    ({"label_field": "text"}, r"label"),
+    ({"label_field": "mood"}, r"--label-field mood: found None there"),
+    ({"label_field": "kind", "data": "builtin:prose"}, r"--label-field kind: builtin:prose is plain text"),
+    ({"preserve": 1.0, "train": "routers"}, r"--preserve 1: no expert learns with --train routers"),
+])  # fmt: skip
+def test_refusals(home, tmp_path, options, message):
+    files = [str(home / "one.jsonl"), str(home / "two.jsonl")]
+    data = {3: (*files, str(home / "dense/../one.jsonl")), "builtin:prose": ("builtin:prose",)}.get(
+        options.get("data"), tuple(files)
+    )
+    with pytest.raises(MoeforgeError, match=message) as caught:
+        tune(
+            home,
+            home / "mola",
+            tmp_path / "out",
+            **options | {"data": data} | ({"routing": "label"} if "label_field" in options else {}),
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_routing_by_label_is_for_mixtures_of_ours(home, tmp_path):
+    with pytest.raises(UsageProblem, match=r"--routing all: .*dense has no routers of moeforge's own"):
+        tune(home, home / "dense", tmp_path / "out", routing="all")

@@ -100,7 +100,7 @@ class Step:
         wrong = torch.stack([found.isnan().any() for found in said.values()]).tolist() if said else []
         for name, bad in zip(said, wrong, strict=True):
             if bad:
-                raise GateRefused(f"the router of {name} gives probabilities that are no numbers")
+                raise GateRefused(f"the probabilities of the router of {name} became nan")
 
     def record(self) -> dict[str, Any]:
         """The step's losses, means over all of its tokens; `routing`, where it is asked for (:func:`load_metrics`)."""

@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -37,6 +37,7 @@ from moeforge.train.params import Choice
 from moeforge.train.routing import find_sites
 
 ROOT = Path(__file__).resolve().parents[3]
+START = Cursor()
 LENGTH, ROWS = 256, 2
 """Slots in a row of packed text, and rows an update: 512 tokens."""
 PIECE = 1_000
@@ -90,7 +91,7 @@ class FirstRows(Packer):
 
     count = 0
 
-    def rows(self, cursor: Cursor = Cursor(), *, repeat: bool = True) -> Iterator[Row]:
+    def rows(self, cursor: Cursor = START, *, repeat: bool = True) -> Iterator[Row]:
         return islice(super().rows(cursor, repeat=repeat), self.count)
 
 
@@ -116,7 +117,7 @@ class Trained:
 
     def train(self, domains: Sequence[Domain], scratch: Path, *, steps: int, rate: float, seed: int, kind: str = "all",
               **settings: Any) -> dict[str, Any]:  # fmt: skip
-        """`steps` updates on the domains in equal shares, through moeforge's own loop; its settings beyond those here by name.
+        """`steps` updates on the domains in equal shares, each token labelled with its domain's number, through moeforge's own loop; its settings beyond those here by name.
 
         Returns:
             tokens and seconds, and the loss of each step.
@@ -127,7 +128,8 @@ class Trained:
         for parameter in frozen:
             parameter.requires_grad_(False)
         chosen = Settings(rows=ROWS, amount=steps, learning_rate=rate, weight_decay=0.0, **settings)
-        train = Packer([Pool(one.train) for one in domains], self.encode, LENGTH, seed)
+        pools = [Pool(tuple(replace(piece, label=i) for piece in one.train)) for i, one in enumerate(domains)]
+        train = Packer(pools, self.encode, LENGTH, seed)
         scratch.mkdir(parents=True, exist_ok=True)
         loop = Loop(
             self.model,

@@ -21,7 +21,7 @@ from typing import Any
 
 from common import LENGTH, ROOT, ROWS, Interval, Log, Trained, attach, domain, heading, settle_process, table, trainable
 
-from moeforge.model.adapters import forced
+from moeforge.testing.real import smollm2_gguf
 
 DOMAINS = ("prose", "code", "legal")
 EVERYWHERE = "q,k,v,o,gate,up,down"
@@ -84,7 +84,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         if name == "base":
-            trained, spent = Trained(_base()), []
+            trained, spent = Trained(smollm2_gguf()), []
             return _measure(trained, domains, job["rows"]) | _sums(spent)
         one = CONTESTANTS[name]
 
@@ -117,26 +117,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def _hard_soft(
     trained: Trained, domains: Mapping[str, Any], scratch: Path, steps: int, how: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """LoRA-Mixer: a label sends a domain's tokens to its expert, then the routers alone learn on the mixture.
-
-    Experts share no parameter, so the labelled phase can go domain by domain.
-    """
-    hard = max(round(steps * LABELLED / len(domains)), 1)
-    spent = []
-    for expert, (own, text) in enumerate(domains.items()):
-        with forced(trained.model, expert):
-            spent.append(trained.train([text], scratch / own, steps=hard, **how))
-    soft = max(steps - hard * len(domains), 1)
-    spent.append(
-        trained.train(list(domains.values()), scratch / "soft", steps=soft, kind="routers", balance=BALANCE, **how)
-    )
-    return spent
-
-
-def _base() -> Path:
-    from moeforge.testing.real import smollm2_gguf
-
-    return smollm2_gguf()
+    """LoRA-Mixer: a label sends a domain's tokens to its expert, then the routers alone learn on the same mixture."""
+    texts, hard = list(domains.values()), max(round(steps * LABELLED), 1)
+    return [
+        trained.train(texts, scratch / "hard", steps=hard, route="label", **how),
+        trained.train(texts, scratch / "soft", steps=max(steps - hard, 1), kind="routers", balance=BALANCE, **how),
+    ]
 
 
 def _measure(trained: Trained, domains: Mapping[str, Any], rows: int) -> dict[str, Any]:

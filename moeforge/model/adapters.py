@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..checkpoint.expert_adapter import ExpertAdapter
 from ..errors import BadInput
-from ..mixture.always import Always
 from ..mixture.config import MixtureConfig
 from .layout import OwnTensor, own_tensors
 from .runtime import mix
@@ -103,12 +102,8 @@ def values_of(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str
 @contextlib.contextmanager
 def forced(model: Any, expert: int) -> Iterator[None]:
     """Within the block every token visits one expert with weight 1: that of number `expert`, modulo how many a site has."""
-    layers = [layer for _, layer in model.mixtures.values()]
-    routers = [layer.router for layer in layers]
-    try:
-        for layer in layers:
-            layer.router = Always(expert % layer.experts.count, layer.experts.count)
+    contexts = {id(layer.context): layer.context for _, layer in model.mixtures.values() if layer.context is not None}
+    with contextlib.ExitStack() as stack:
+        for context in contexts.values():
+            stack.enter_context(context.forcing(expert))
         yield
-    finally:
-        for layer, router in zip(layers, routers, strict=True):
-            layer.router = router

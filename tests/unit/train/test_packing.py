@@ -1,5 +1,6 @@
 """Documents to rows: every token predicted once a pass, borders marked, order fixed by the seed."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
 
@@ -129,3 +130,19 @@ def test_a_pool_without_text_is_refused_even_beside_others():
     pools, encode = mixture((1, 1, 1), ((20, 9), (1, 1), (5,)))
     with pytest.raises(BadInput, match=r"p1000.*no text to learn from"):
         list(islice(Packer(pools, encode, 8, 0).rows(), 20))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_token_knows_what_its_document_is_about(shared):
+    """Two pools, documents of several labels in a row, cut over rows; the same after a cursor."""
+    pools, encode, bodies = corpus(SIZES)
+    documents = [replace(d, label=i % 3) for i, d in enumerate(pools[0].documents)]
+    owner = {token: d.label for d in documents for token in bodies[d.key]}
+    packer = Packer([Pool(tuple(documents[:5])), Pool(tuple(documents[5:]), 0.5)], encode, 8, 3, shared=shared)
+    rows = list(islice(packer.rows(), 12))
+    for row in rows:
+        assert [owner[t] for t in row.tokens[row.real].tolist()] == row.about[row.real].tolist()
+        assert (row.about[~row.real] == -1).all()
+    assert not shared or any(len(set(row.about.tolist())) > 1 for row in rows)
+    again = list(islice(packer.rows(rows[4].cursor), 7))
+    assert all((a.about == b.about).all() for a, b in zip(rows[5:], again, strict=True))

@@ -28,6 +28,31 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 
+class PickledFile:
+    """One file of named tensors.
+
+    Attributes:
+        tensors: their headers.
+
+    Raises:
+        BadInput: it is damaged or holds anything but named tensors.
+    """
+
+    def __init__(self, folder: Folder, file: str):
+        self._ref = folder.ref
+        self._tensors = _load(folder, file)
+        self.tensors = {name: _info(self._ref, name, tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """As :meth:`moeforge.checkpoint.base.Checkpoint.read`."""
+        import torch
+
+        info, tensor = self.tensors[name], self._tensors[name]
+        shape, _ = row_range(info, rows)
+        taken = (tensor if rows is None else tensor[rows]).detach().contiguous().reshape(-1).view(torch.uint8)
+        return taken.numpy().copy().view(NUMPY_DTYPES[info.dtype]).reshape(shape)
+
+
 class PickleCheckpoint(Checkpoint):
     """Pickled weights in a directory.
 
@@ -42,60 +67,23 @@ class PickleCheckpoint(Checkpoint):
         if weights.index is not None:
             placed = read_index(folder.read(weights.index), f"{self.ref}: {weights.index}", ".bin")
         self._files = sorted(set(placed.values())) if placed else [weights.file or ""]
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._holders: dict[str, PickledFile] = {}
         for file in self._files:
-            for name, tensor in self._load(file).items():
-                if name in self._tensors or (placed is not None and placed.get(name) != file):
+            opened = PickledFile(folder, file)
+            for name in opened.tensors:
+                if name in self._holders or (placed is not None and placed.get(name) != file):
                     raise BadInput(f"{self.ref}: tensor {name!r} stands in {file}, where the index does not place it")
-                self._tensors[name] = tensor
-        if placed is not None and (lost := sorted(placed.keys() - self._tensors.keys())):
+                self._holders[name] = opened
+        if placed is not None and (lost := sorted(placed.keys() - self._holders.keys())):
             raise BadInput(
                 f"{self.ref}: the index places tensor {lost[0]!r} in {placed[lost[0]]}, which does not hold it"
             )
-        self.tensors = {name: self._info(name, tensor) for name, tensor in self._tensors.items()}
-
-    def _load(self, file: str) -> dict[str, torch.Tensor]:
-        import torch
-
-        path = self._folder.file(file)
-        try:
-            with open(path, "rb") as opened:
-                mapped = opened.read(4) == b"PK\x03\x04"  # files of before torch 1.6 cannot be mapped
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # a damaged or hostile pickle raises whatever it likes
-            code = re.search(r"GLOBAL ([\w.]+)", str(error))
-            why = (
-                f"it would run {code[1]}"
-                if code
-                else f"damaged, or of a kind that torch refuses ({type(error).__name__})"
-            )
-            raise BadInput(f"{self.ref}: {file} does not hold plain tensors: {why}") from error
-        if not isinstance(found, dict):
-            raise BadInput(f"{self.ref}: {file} holds {type(found).__name__}, expected named tensors")
-        for name, tensor in found.items():
-            if not isinstance(name, str) or not name.isprintable() or not isinstance(tensor, torch.Tensor):
-                raise BadInput(
-                    f"{self.ref}: {file}: {str(name)[:200]!r} is {type(tensor).__name__}, expected a named tensor"
-                )
-        return found
-
-    def _info(self, name: str, tensor: torch.Tensor) -> TensorInfo:
-        dtype = _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None or tensor.is_sparse or tensor.is_quantized:
-            raise BadInput(
-                f"{self.ref}: tensor {name!r} is {tensor.dtype}, {tensor.layout}; only plain tensors are read"
-            )
-        return TensorInfo(name, dtype, tuple(tensor.shape))
+        self.tensors = {name: opened.tensors[name] for name, opened in self._holders.items()}
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        import torch
-
         if name not in self.tensors:
             raise BadInput(f"{self.ref}: no tensor {name!r}")
-        info, tensor = self.tensors[name], self._tensors[name]
-        shape, _ = row_range(info, rows)
-        taken = (tensor if rows is None else tensor[rows]).detach().contiguous().reshape(-1).view(torch.uint8)
-        return taken.numpy().copy().view(NUMPY_DTYPES[info.dtype]).reshape(shape)
+        return self._holders[name].read(name, rows)
 
     def companions(self) -> Sequence[Companion]:
         return self._folder.companions()
@@ -112,4 +100,35 @@ class PickleCheckpoint(Checkpoint):
         return found | ({"revision": self._revision} if self._revision else {})
 
     def close(self) -> None:
-        self._tensors = {}
+        self._holders = {}
+
+
+def _load(folder: Folder, file: str) -> dict[str, torch.Tensor]:
+    import torch
+
+    path = folder.file(file)
+    try:
+        with open(path, "rb") as opened:
+            mapped = opened.read(4) == b"PK\x03\x04"  # files of before torch 1.6 cannot be mapped
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged or hostile pickle raises whatever it likes
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = (
+            f"it would run {code[1]}" if code else f"damaged, or of a kind that torch refuses ({type(error).__name__})"
+        )
+        raise BadInput(f"{folder.ref}: {file} does not hold plain tensors: {why}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{folder.ref}: {file} holds {type(found).__name__}, expected named tensors")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not name.isprintable() or not isinstance(tensor, torch.Tensor):
+            raise BadInput(
+                f"{folder.ref}: {file}: {str(name)[:200]!r} is {type(tensor).__name__}, expected a named tensor"
+            )
+    return found
+
+
+def _info(ref: str, name: str, tensor: torch.Tensor) -> TensorInfo:
+    dtype = _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None or tensor.is_sparse or tensor.is_quantized:
+        raise BadInput(f"{ref}: tensor {name!r} is {tensor.dtype}, {tensor.layout}; only plain tensors are read")
+    return TensorInfo(name, dtype, tuple(tensor.shape))

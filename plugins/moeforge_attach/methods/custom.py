@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import UsageProblem
 from moeforge.options import opt
 
-from ..design import LINEAR, Design
+from ..design import LINEAR, Content, Design, Maps
+from ..imports import Named, droppable, frozen_experts, identities
+from ..options import Options as StageOptions
+
+if TYPE_CHECKING:
+    from moeforge.checkpoint.base import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        droppable(self.drop)
         for name, value, known in (("sites", self.sites, ("ffn", *LINEAR)), ("plain", self.plain, LINEAR)):
             for site in _split(value):
                 if site not in known:
@@ -58,3 +65,11 @@ class Custom:
             router={"select": "topk", "top_k": 2},
             share_a=options.share_a,
         )
+
+    def inputs(self, stage: StageOptions, options: Options) -> Sequence[str]:
+        return identities([Named.parse(text).ref for text in options.experts_from], stage)
+
+    def content(
+        self, base: Checkpoint, maps: Maps, design: Design, stage: StageOptions, options: Options, refs: Sequence[str]
+    ) -> Content | None:
+        return frozen_experts(maps, design, stage, options)

@@ -3,12 +3,18 @@ labels, or imported and frozen with only the router to train."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeforge.options import opt
 
-from ..design import ATTENTION, Design
+from ..design import ATTENTION, Content, Design, Maps
+from ..imports import Named, droppable, frozen_experts, identities
+from ..options import Options as StageOptions
+
+if TYPE_CHECKING:
+    from moeforge.checkpoint.base import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,9 @@ class Options:
         "leave out of an imported LoRA what no expert can hold: modules_to_save, bias, embeddings", default=()
     )
 
+    def __post_init__(self) -> None:
+        droppable(self.drop)
+
 
 class LoRAMixer:
     name = "lora-mixer"
@@ -32,3 +41,11 @@ class LoRAMixer:
     def design(self, stage: Any, options: Options) -> Design:
         router = {"select": "topk", "top_k": 3, "train_select": "all"}
         return Design((*ATTENTION, "in", "out"), experts="6", rank=64, alpha=128, router=router)
+
+    def inputs(self, stage: StageOptions, options: Options) -> Sequence[str]:
+        return identities([Named.parse(text).ref for text in options.experts_from], stage)
+
+    def content(
+        self, base: Checkpoint, maps: Maps, design: Design, stage: StageOptions, options: Options, refs: Sequence[str]
+    ) -> Content | None:
+        return frozen_experts(maps, design, stage, options)

@@ -153,4 +153,4 @@ def _targets(keys: Settings, maps: Maps, *, legacy: bool) -> tuple[list[str], li
         (ffn if roles[0] in FFN_ROLES else attention).append(roles[0])
     if not ffn or "down" not in there:
         keys.refuse("target_modules", "none is of an FFN, where the experts stand")
-    return attention, ffn
+    return attention, sorted(ffn, key=FFN_ROLES.index)

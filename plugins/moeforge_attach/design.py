@@ -191,6 +191,7 @@ class Content:
         experts: where each expert came from: name, source, revision, license, sha256.
         parents: provenance of what was read.
         warnings: what a careful person would want to know.
+        table: what was found, a row for each imported LoRA; told before weights are read.
     """
 
     entries: list[MixtureConfig]
@@ -198,6 +199,7 @@ class Content:
     experts: tuple[dict[str, Any], ...] = ()
     parents: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+    table: tuple[dict[str, Any], ...] = ()
 
 
 class Bringing(AttachMethod, Protocol):

@@ -106,17 +106,9 @@ def frozen_experts(maps: Maps, design: Design, stage: Options, options: Imports)
         raise UsageProblem(f"--experts {stage.experts}: --experts-from names {count}, which are all there are")
     imports = [frozen.Imported(one.name, locate(one.ref, allow_pickle=stage.allow_pickle), one.weight) for one in named]
     found = frozen.experts(imports, maps, router, drop=droppable(options.drop), share_a=design.share_a)
-    table = tuple(
-        f"{row['name']}: {row['source']}: rank {_some(row['rank'])}, scale {_some(row['scale'])}, {' '.join(row['sites'])} of "
-        f"{len(row['layers'])} layers, {row['parameters']:,} parameters" for row in found.table
-    )  # fmt: skip
     return Content([MixtureConfig.from_json(entry) for entry in found.entries], _makers(found.tensors), tuple(found.experts),
-                   tuple(one.source.provenance() for one in imports), (*table, *found.warnings))  # fmt: skip
+                   tuple(one.source.provenance() for one in imports), found.warnings, tuple(found.table))  # fmt: skip
 
 
 def _makers(tensors: Mapping[str, Held]) -> dict[str, Callable[[], np.ndarray]]:
     return {name: held.read for name, held in tensors.items()}
-
-
-def _some(values: Sequence[float]) -> str:
-    return "/".join(f"{value:g}" for value in values)

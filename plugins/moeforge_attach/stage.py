@@ -128,6 +128,7 @@ def _plan(src: Artifact, base: Checkpoint, options: Options, method: Bound) -> P
             "parameters_adapter": total, "parameters_trainable": total - (frozen if content and all(e.experts.options.get("frozen") for e in
                                          found if e.router.kind != "always") else 0),
             "parameters_base": base_size, "experts_by_layer": table, "mixtures": len(found),
+            **({"imported": list(content.table)} if content and content.table else {}),
             "read_bytes": 0, "write_bytes": 4 * total, "peak_memory_bytes": 300_000_000 + 8 * total,
         },
         verdicts={"exact": content is None, **({} if content is None else {"why_inexact": "imported experts are not zero"})},

@@ -158,7 +158,10 @@ class _Proof:
                     assert a is not None and b is not None
                     wanted[projection.path] = (a, b, m, experts.scales[e])
         options = next(iter(model.mixtures.values()))[1].experts.options
-        config = LoraConfig(r=options.rank, lora_alpha=1, target_modules=list(wanted), use_dora=options.dora)
+        ranks = {path: a.shape[0] for path, (a, *_) in wanted.items()}  # imported LoRAs have one for each site
+        config = LoraConfig(
+            r=options.rank, rank_pattern=ranks, lora_alpha=1, target_modules=list(wanted), use_dora=options.dora
+        )
         wrapped: Any = get_peft_model(base, config)
         with torch.no_grad():
             for path, (a, b, m, scale) in wanted.items():
@@ -182,7 +185,8 @@ class _Proof:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten())
             if any(routing.probabilities is not None for routing in seen.values()):
                 loss = loss + Weights(balance=0.01).total(layer_losses(seen))
-            loss.backward()
+            if loss.requires_grad:  # nothing learns on a forced route through frozen experts
+                loss.backward()
             for name, parameter in learning.items():
                 if parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any()):
                     reached.add(name)

@@ -23,6 +23,7 @@ class Export:
     examples = {
         "moeforge export tuned --to gguf --type q8_0 -o exported": "a file for llama.cpp",
         "moeforge export model.gguf --to hf -o model": "a directory for transformers",
+        "moeforge export adapter --to peft-experts -o loras": "a PEFT LoRA for each expert of an adapter",
     }
     api_version = 1
     consumes = frozenset({"checkpoint", "gguf", "adapter"})
@@ -32,10 +33,11 @@ class Export:
     Options = Options
 
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
-        from . import to_gguf, to_hf
+        from . import to_adapter, to_gguf, to_hf
 
         checkpoint = _open(src, options)
-        plan = (to_hf if options.to == "hf" else to_gguf).plan(checkpoint, options)
+        form = {"hf": to_hf, "gguf": to_gguf}.get(options.to, to_adapter)
+        plan = form.plan(checkpoint, options)
         return replace(plan, warnings=(*plan.warnings, *_rounded(checkpoint)))
 
     def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:

@@ -66,13 +66,16 @@ class Op:
             if backend.name != "triton" or None in map(triton_is_usable, ("cuda", "cpu")):
                 _ = backend.function
 
-    def choose(self, asked: str | None, *args: Any, **kwargs: Any) -> Backend:
+    def choose(self, asked: str | None, *args: Any, default: str | None = None, **kwargs: Any) -> Backend:
         """The backend for these arguments.
+
+        Args:
+            default: the one to take where nobody asked for another, for ops whose plan depends on sizes.
 
         Raises:
             ValueError: `asked` (or :func:`using`, or the environment's wish) is unknown or cannot take them.
         """
-        wish = asked or _wished or os.environ.get(ENVIRONMENT)
+        wish = asked or _wished or os.environ.get(ENVIRONMENT) or default
         if wish is not None:
             if wish not in self.backends:
                 raise ValueError(f"{self.name}: no backend {wish!r}; there are {', '.join(self.backends)}")

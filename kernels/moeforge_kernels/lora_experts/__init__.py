@@ -1,22 +1,58 @@
-"""LoRA experts beside a linear map (provisional: plain torch until the back ends land)."""
+"""Low-rank experts beside a linear map; see README.md."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
 
+RANKS = 256
+"""E r up to which all ranks are computed for every token: the product with x then takes no longer than reading x (spec: the intensity of
+E r rows stays below what a processor needs), and nothing is sorted or gathered."""
+TOKENS = 64
+"""T below which the same holds whatever the ranks: small products cost their launches."""
 
-def lora_experts(x: Tensor, pairs: Pairs, lora_a: Tensor, lora_b: Tensor, scale: Tensor, *, backend: str | None = None) -> Tensor:
-    """out_t = sum over pairs (t, e, w) of w * scale_e * B_e A_e x_t: [T, D] -> [T, D']."""
-    gates = (pairs.gates() * scale).to(x.dtype)
-    low = torch.einsum("td,erd->ter", x, lora_a)
-    return (low * gates.unsqueeze(-1)).flatten(1) @ lora_b.transpose(1, 2).flatten(0, 1)
+
+def plan(tokens: int, experts: int, rank: int) -> str:
+    """`concat` or `grouped`: which of torch's ways is the faster one."""
+    return "concat" if experts * rank <= RANKS or tokens < TOKENS else "grouped"
 
 
-def lora_shrink(x: Tensor, pairs: Pairs, lora_a: Tensor) -> Tensor:
-    """A_e x of each pair, [P, r]; zero for empty pairs."""
-    low = torch.einsum("td,erd->ter", x, lora_a)
-    made = low[pairs.token, pairs.expert.clamp_max(lora_a.shape[0] - 1)]
-    return made * (pairs.expert < pairs.experts).unsqueeze(-1).to(made.dtype)
+OP = Op(
+    "lora_experts",
+    Backend("concat", "lora_experts.library:concat", always),
+    Backend("grouped", "lora_experts.library:grouped", always),
+    Backend("reference", "lora_experts.reference:lora_experts", always),
+)
+SHRINK = Op(
+    "lora_shrink",
+    Backend("concat", "lora_experts.library:shrink_concat", always),
+    Backend("grouped", "lora_experts.library:shrink_grouped", always),
+    Backend("reference", "lora_experts.reference:lora_shrink", always),
+)
+
+
+def lora_experts(
+    x: Tensor, pairs: Pairs, lora_a: Tensor, lora_b: Tensor, scale: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """out_t = sum over pairs (t, e, w) of w * scale_e * B_e A_e x_t.
+
+    Args:
+        x: [T, D].
+        lora_a: [E, r, D], or [1, r, D]: one for all experts.
+        lora_b: [E, D', r].
+        scale: [E] float32, without gradient.
+        backend: `concat`, `grouped` or `reference`; default: what :func:`plan` says.
+
+    Returns:
+        [T, D'] in x's dtype. Differentiable in x, lora_a, lora_b and the pairs' weights.
+    """
+    chosen = OP.choose(backend, x, pairs, lora_a, lora_b, scale, default=plan(len(x), pairs.experts, lora_a.shape[1]))
+    return chosen.function(x, pairs, lora_a, lora_b, scale)
+
+
+def lora_shrink(x: Tensor, pairs: Pairs, lora_a: Tensor, *, backend: str | None = None) -> Tensor:
+    """A_e x_t of each pair (t, e): [T, D] -> [P, r] in x's dtype; rows of empty pairs are zero. See :func:`lora_experts`."""
+    chosen = SHRINK.choose(backend, x, pairs, lora_a, default=plan(len(x), pairs.experts, lora_a.shape[1]))
+    return chosen.function(x, pairs, lora_a)

@@ -1,35 +1,47 @@
-"""What LoRA experts of one FFN do between its two products (provisional: plain torch until the back ends land)."""
+"""What LoRA experts that share a frozen feed-forward network do between its two products; see README.md."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..activations import activation as find
-from ..combine import combine
-from ..grouped_gemm import grouped_gemm
+from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
+
+OP = Op(
+    "lora_ffn",
+    Backend("blocked", "lora_ffn.blocked:lora_ffn", always),
+    Backend("grouped", "lora_ffn.grouped:lora_ffn", always),
+    Backend("reference", "lora_ffn.reference:lora_ffn", always),
+)
 
 
 def lora_ffn(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Tensor | None, pairs: Pairs, b_gate: Tensor | None,
              b_up: Tensor | None, a_down: Tensor | None, scale: Tensor, *, activation: str, rest: bool, backend: str | None = None
              ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """mixed [T, F] and low_down [P, r]; see the module that uses it."""
-    act = find(activation)
-    real = (pairs.expert < pairs.experts).unsqueeze(-1)
-    s = scale[pairs.expert.clamp_max(pairs.experts - 1)].unsqueeze(-1)
+    """For every pair p = (t, e, w), with what the frozen maps gave for its token:
 
-    def ahead(base: Tensor, low: Tensor | None, b: Tensor | None) -> Tensor:
-        if low is None or b is None:
-            return base[pairs.token]
-        delta = grouped_gemm(low, b.contiguous(), pairs, gather=False) * s
-        return base[pairs.token] + torch.where(real, delta, torch.zeros((), dtype=delta.dtype)).to(base.dtype)
+        g_p = gate_t + s_e B_e low_gate_p,   u_p = up_t + s_e B'_e low_up_p,   h_p = act(g_p) * u_p       (h_p = act(u_p) without a gate)
+        mixed_t = sum_p w_p h_p + (1 - sum_p w_p) act(gate_t) * up_t,   low_down_p = A_e h_p
 
-    u = ahead(up, low_up, b_up)
-    h = act(u) if gate is None else act(ahead(gate, low_gate, b_gate)) * u
-    mixed = combine(h, pairs)
-    if rest:
-        left = 1 - pairs.gates().sum(-1, keepdim=True)
-        mixed = mixed + (left * (act(up) if gate is None else act(gate) * up)).to(mixed.dtype)
-    low_down = None if a_down is None else grouped_gemm(h, a_down, pairs, gather=False)
-    return mixed, low_down
+    The second term, left out where `rest` is False, makes the frozen network count once whatever the weights sum to; where they sum to 1
+    up to 1e-6 it may be taken as 0, its gradient is not. With it, W mixed is f(x) + sum_p w_p (f_e(x) - f(x)) before the down-deltas
+    (arXiv:2404.15159 with that base path; W commutes with the sum).
+
+    Args:
+        gate, up: [T, F]; may be slices of one tensor.
+        low_gate, low_up: [P, r], rows of pairs; None: that map has no deltas.
+        b_gate, b_up: [E, F, r]. a_down: [E, r, F]. None likewise.
+        scale: [E] float32, without gradient; the down-delta's is not applied here.
+        backend: default: `blocked`, or `grouped` under torch.compile.
+
+    Returns:
+        mixed [T, F] in up's dtype; low_down [P, r], zero for empty pairs, or None. Differentiable in everything but scale.
+
+    Raises:
+        ValueError: a backend is asked for that there is not.
+    """
+    chosen = OP.choose(backend, default="grouped" if torch.compiler.is_compiling() else "blocked")
+    return chosen.function(
+        gate, up, low_gate, low_up, pairs, b_gate, b_up, a_down, scale, activation=activation, rest=rest
+    )

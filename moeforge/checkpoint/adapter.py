@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import BadInput
 from .base import Checkpoint
 from .folder import Folder
+from .low_rank import BLOCK, product_rows, whole_blocks
 from .module_pattern import matches_tail
 from .safetensors import SafetensorsFile, parse_json, read_header
 from .tensor import FLOATS, NUMPY_DTYPES, Companion, Extent, TensorInfo
@@ -32,9 +33,6 @@ _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _REFUSED = {"use_qalora": "QA-LoRA", "layer_replication": "layer replication", "alora_invocation_tokens": "activated LoRA",
             "lora_bias": "biases on B", "target_parameters": "LoRA on parameters", "trainable_token_indices": "trained tokens",
             "arrow_config": "Arrow routing", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA"}  # fmt: skip
-_BLOCK = 128
-"""Rows of the low-rank product that are multiplied together. Some BLAS sum in another order when a matrix has other rows, so
-rows come from the same block however they are asked for."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -187,19 +185,12 @@ class MergedAdapter(Checkpoint):
 
     def _product(self, delta: _Delta, start: int, stop: int, wide: np.dtype) -> np.ndarray:
         """Rows `start` to `stop` of scale B A."""
-        first = start // _BLOCK * _BLOCK
+        blocks = whole_blocks(start, stop)
         if self._settings.get("fan_in_fan_out"):  # the base holds (B A)^T = A^T B^T
-            left, right = self._file.read(delta.a).T[first:], self._file.read(delta.b).T
+            left, right = self._file.read(delta.a).T[blocks], self._file.read(delta.b).T
         else:
-            last = -(-stop // _BLOCK) * _BLOCK
-            left, right = self._file.read(delta.b, slice(first, last)), self._file.read(delta.a)
-        left, right = left.astype(wide), right.astype(wide)
-        out = np.empty((max(stop - start, 0), right.shape[1]), wide)
-        for at in range(first, stop, _BLOCK):
-            block = left[at - first : at - first + _BLOCK] @ right
-            begin, end = max(at, start), min(at + _BLOCK, stop)
-            np.multiply(block[begin - at : end - at], wide.type(delta.scale), out=out[begin - start : end - start])
-        return out
+            left, right = self._file.read(delta.b, blocks), self._file.read(delta.a)
+        return product_rows(left.astype(wide), right.astype(wide), delta.scale, start, stop)
 
     def read_memory(self, name: str, nbytes: int) -> int:
         if name in self._replaced:
@@ -214,7 +205,7 @@ class MergedAdapter(Checkpoint):
         info, factors = self.tensors[name], parts[delta.a].nbytes + parts[delta.b].nbytes
         # float32 or float64: the sum, a block, and for DoRA the squares; of the factors what is stored and its wide copy
         item = 8 if info.dtype == "F64" else 4
-        count = nbytes // NUMPY_DTYPES[info.dtype].itemsize + _BLOCK * math.prod(info.shape[1:])
+        count = nbytes // NUMPY_DTYPES[info.dtype].itemsize + BLOCK * math.prod(info.shape[1:])
         return max(base, 2 * nbytes + 2 * item * count + factors + item * (parts[delta.a].size + parts[delta.b].size))
 
     def extent(self, name: str) -> Extent | None:

@@ -42,6 +42,7 @@ class LinearMap:
         path: the module as the checkpoint calls it: the tensor's name without `.weight`.
         inputs, outputs: D, D'.
         bias: whether it adds one.
+        transposed: whether its matrix is stored [D, D'].
     """
 
     role: str
@@ -50,6 +51,7 @@ class LinearMap:
     inputs: int
     outputs: int
     bias: bool
+    transposed: bool = False
 
 
 def linear_maps(
@@ -76,17 +78,17 @@ def linear_maps(
         if role is None:
             continue
         shape = info.shape[::-1] if role in turned else info.shape
-        one = LinearMap(
-            role, int(place[1]), name.removesuffix(".weight"), shape[1], shape[0], f"{name[:-6]}bias" in tensors
-        )
+        biased = f"{name[:-6]}bias" in tensors
+        path = name.removesuffix(".weight")
+        one = LinearMap(role, int(place[1]), path, shape[1], shape[0], biased, transposed=role in turned)
         if (other := found.setdefault((role, one.layer), one)) is not one:
             raise BadInput(f"{ref}: {one.path} and {other.path} are both {role!r} of layer {one.layer}")
     if not found:
         raise BadInput(f"{ref}: no linear maps of layers found; names look like {next(iter(tensors), 'nothing')}")
-    return dict(sorted(found.items(), key=lambda item: (item[0][1], list(_ORDER).index(item[0][0]))))
+    return dict(sorted(found.items(), key=lambda item: (item[0][1], _ORDER.index(item[0][0]))))
 
 
-_ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "in", "out")
+_ORDER: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "in", "out")
 
 
 def _role(below: list[str]) -> str | None:

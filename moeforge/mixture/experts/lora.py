@@ -20,8 +20,9 @@ from moeforge_kernels.pairs import Pairs
 
 from ...errors import BadInput
 from ..config import ExpertsConfig
+from ..low_rank import LowRank
 from .base import Experts, Place, Stored
-from .low_rank import LowRank, row_norms, start, weight_of
+from .low_rank import row_norms, start, weight_of
 
 
 class LoraExperts(Experts):

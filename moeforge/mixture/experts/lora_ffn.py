@@ -33,9 +33,10 @@ from moeforge_kernels.pairs import Pairs
 
 from ...errors import BadInput
 from ..config import ExpertsConfig
+from ..low_rank import LowRank
 from .base import Experts, Place, Stored
 from .feed_forward import FeedForward
-from .low_rank import LowRank, row_norms, start, weight_of
+from .low_rank import row_norms, start, weight_of
 
 
 class LoraFFNExperts(Experts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from moeforge.checkpoint.adapter_layout import Maps
@@ -13,10 +13,14 @@ from moeforge.checkpoint.linear_maps import linear_maps
 from moeforge.checkpoint.lora_formats.places import Place, places
 from moeforge.errors import BadInput
 from moeforge.mixture.config import MixtureConfig, RouterConfig
+from moeforge.mixture.low_rank import LowRank
 
-OPTIONS: Mapping[str, Any] = {"rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "dora": False, "share_a": False, "frozen": False,
-                              "ranks": [], "scales": [], "base_weight": "one"}  # fmt: skip
-"""What an option is where an entry does not say (moeforge.mixture.experts.low_rank.LowRank, which imports torch)."""
+OPTIONS: Mapping[str, Any] = {
+    key: list(value) if isinstance(value, tuple) else value
+    for key, value in asdict(LowRank()).items()
+    if key != "targets"
+}
+"""What an option is where an entry does not say."""
 
 
 @dataclass(frozen=True)

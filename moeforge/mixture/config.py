@@ -26,7 +26,7 @@ class RouterConfig:
 
     kind: str = "linear"
     """Where logits come from: linear, cosine (prototypes), label, static, random, or a kind that a package registers. always: one
-    expert that every token visits, without logits."""
+    expert that every token visits, without logits. joined: the routers of several adapters (moeforge.mixture.joined)."""
     select: Select = "topk"
     top_k: int = 2
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -70,6 +70,19 @@ class RouterConfig:
     among the next by_label[1], and so on; scores are normalised inside the group. Empty: labels do not matter."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only this kind of router knows (moeforge.mixture.scores)."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, so that a later default does not change what is written."""
+        return dataclasses.asdict(self, dict_factory=_lists)
+
+    @classmethod
+    def from_json(cls, raw: Any) -> RouterConfig:
+        """Read one, strictly; :meth:`check` is the caller's.
+
+        Raises:
+            BadInput: an unknown key, or a value of another kind.
+        """
+        return _read(cls, raw, "router")
 
     def check(self, experts: int) -> None:
         """Refuse what has no meaning.
@@ -209,10 +222,7 @@ class MixtureConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The entry as it is written: every field, so that a later default does not change an old checkpoint."""
-        return dataclasses.asdict(
-            self,
-            dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items},
-        )
+        return dataclasses.asdict(self, dict_factory=_lists)
 
     @classmethod
     def from_json(cls, raw: Any) -> MixtureConfig:
@@ -224,6 +234,10 @@ class MixtureConfig:
         made = _read(cls, raw, "mixtures")
         made.check()
         return made
+
+
+def _lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}
 
 
 def _read(kind: type, raw: Any, where: str) -> Any:

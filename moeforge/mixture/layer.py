@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .always import Always
 from .context import MixtureContext
 from .experts.base import Experts
+from .joined import Joined
 from .router import Router
 from .shared import Following
 
@@ -22,7 +23,7 @@ class MixtureLayer(nn.Module):
         kept: the module that stood at the site, if it stays.
     """
 
-    def __init__(self, router: Router | Following | Always, experts: Experts, *, shared: nn.Module | None = None, kept: nn.Module | None = None,
+    def __init__(self, router: Router | Following | Always | Joined, experts: Experts, *, shared: nn.Module | None = None, kept: nn.Module | None = None,
                  name: str = "") -> None:  # fmt: skip
         super().__init__()
         self.router, self.experts, self.shared, self.kept = router, experts, shared, kept

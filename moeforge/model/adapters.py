@@ -60,7 +60,19 @@ def fill(model: Any, adapter: ExpertAdapter) -> None:
     Raises:
         BadInput: the mixtures of the model and the adapter's tensors are not the same.
     """
-    own = own_tensors(model)
+    own = fitting(own_tensors(model), adapter)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    for item in own:
+        for name, part in item.split(state[item.parameter]).items():
+            part.copy_(to_torch(adapter.read(name)))
+
+
+def fitting(own: list[OwnTensor], adapter: ExpertAdapter) -> list[OwnTensor]:
+    """The same list, if an adapter holds just these tensors.
+
+    Raises:
+        BadInput: names one that only one side knows, or that has two shapes.
+    """
     asked = {name: shape for item in own for name, shape in item.shapes().items()}
     held = {name: adapter.tensors[name].shape for name in adapter.own}
     if wrong := sorted(name for name in asked.keys() | held.keys() if asked.get(name) != held.get(name)):
@@ -68,10 +80,7 @@ def fill(model: Any, adapter: ExpertAdapter) -> None:
         raise BadInput(
             f"{adapter.ref}: {name}: the model asks for {_shape(asked.get(name))}, the adapter holds {_shape(held.get(name))}"
         )
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    for item in own:
-        for name, part in item.split(state[item.parameter]).items():
-            part.copy_(to_torch(adapter.read(name)))
+    return own
 
 
 @torch.no_grad()

@@ -265,15 +265,18 @@ class OwnTensor:
         return found
 
 
-def own_tensors(model: Any) -> list[OwnTensor]:
+def own_tensors(model: Any, mixtures: Mapping[str, tuple[Site, MixtureLayer]] | None = None) -> list[OwnTensor]:
     """Everything that the mixtures of a model added to its dense one: experts that are built on what stood at their site, routers.
+
+    Args:
+        mixtures: some that do not stand in the model, in the form of its attribute of that name; default: its own.
 
     Raises:
         BadInput: experts that took the place of the dense network's weights, so that the model is no longer that one and something.
     """
     dense = _dense_rules(model, None, loading=False)
     found: list[OwnTensor] = []
-    for site, layer in model.mixtures.values():
+    for site, layer in (model.mixtures if mixtures is None else mixtures).values():
         if not layer.experts.adopts or layer.shared is not None or layer.kept is not None:
             raise BadInput(
                 f"{site.root}: {type(layer.experts).__name__} replace the dense network; only what stands beside it is an adapter"

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from .. import registry
 from ..errors import BadInput
 from ..mixture.always import Always
-from ..mixture.config import MixtureConfig
+from ..mixture.config import MixtureConfig, RouterConfig
 from ..mixture.context import MixtureContext
 from ..mixture.experts import KINDS
 from ..mixture.experts.base import Experts, Place
 from ..mixture.experts.feed_forward import FeedForward
+from ..mixture.joined import KIND as JOINED
+from ..mixture.joined import Joined
 from ..mixture.layer import MixtureLayer
 from ..mixture.router import Router
 from .sites import FFN, Site, find_sites
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LABELS = "mixture_labels"
-"""The keyword argument of a model with mixtures that says what every token is about: [B, T] integers."""
+"""The keyword argument of a model with mixtures that says what every token is about: [B, T] integers, or [B, 1]
+where all tokens of a row are about one thing, which `generate` hands on to every step."""
 
 
 def experts_class(kind: str) -> type[Experts]:
@@ -40,13 +43,21 @@ def experts_class(kind: str) -> type[Experts]:
     return registry.find(registry.MIXTURES, kind, "type of experts").load()
 
 
-def find_all(model: PreTrainedModel, entries: Sequence[MixtureConfig]) -> list[tuple[MixtureConfig, Site]]:
-    """The site of every mixture.
+def find_all(
+    model: PreTrainedModel, entries: Sequence[MixtureConfig], *, nested: bool = False
+) -> list[tuple[MixtureConfig, Site]]:
+    """The site of every mixture, in the order in which they are put in.
+
+    Args:
+        nested: a mixture may stand at a linear map of a network that another one is built on, which then takes that mixture for
+            the map. Nothing in memory tells their tensors apart by name, so such a model is not for saving.
 
     Raises:
         BadInput: a site that is not there, or two mixtures in one place.
     """
     found = [(entry, site) for entry in entries for site in find_sites(model, entry.site, entry.layers)]
+    if nested:
+        return sorted(found, key=lambda item: len(item[1].projections))
     taken: dict[str, Site] = {}
     for _, site in found:
         inside = next((other for path, other in taken.items() if _overlap(path, site.mount)), None)
@@ -68,7 +79,8 @@ def install(model: Any, found: Sequence[tuple[MixtureConfig, Site]], *, copy: bo
     model.mixtures = {}
     for entry, site in found:
         stood = _Stood(model, site)
-        layer = _layer(entry, site, stood)
+        layer = _layer(entry, site)
+        layer.kept = stood.kept() if entry.keep else None
         std = float(getattr(model.config, "initializer_range", 0.02))
         layer.experts.reset_parameters(std)
         for shared in [] if layer.shared is None else layer.shared.parameters():
@@ -78,7 +90,7 @@ def install(model: Any, found: Sequence[tuple[MixtureConfig, Site]], *, copy: bo
         # a map whose weights are packed computes in the model's own type
         dtype = stood.weight.dtype if stood.weight.is_floating_point() else model.dtype
         layer.to(device=stood.weight.device, dtype=dtype).train(model.training)
-        layer.experts.adopt({role: (site.below(role), m) for role, m in stood.maps.items()}, site.activation)
+        layer.experts.adopt(stood.linear_maps(), site.activation)
         layer.context = contexts.setdefault(site.tower, MixtureContext())
         for path in site.silenced:
             _replace(model, path, nn.Identity())
@@ -95,13 +107,30 @@ def _overlap(one: str, other: str) -> bool:
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
-def _layer(entry: MixtureConfig, site: Site, stood: _Stood) -> MixtureLayer:
+def stand_in(model: nn.Module, entry: MixtureConfig, site: Site) -> MixtureLayer:
+    """The layer of an entry at a site, built on what stands there and not put in its place; values are not set.
+
+    Raises:
+        BadInput: the entry and the site do not suit each other.
+    """
+    stood = _Stood(model, site)
+    layer = _layer(entry, site)
+    layer.experts.adopt(stood.linear_maps(), site.activation)
+    return layer
+
+
+def _layer(entry: MixtureConfig, site: Site) -> MixtureLayer:
     place = Place(site.width, site.out_width, {role: site.below(role) for role in site.projections},
                   any(p.transposed for p in site.projections.values()), site.root)  # fmt: skip
     experts = experts_class(entry.experts.type).at(place, entry.experts)
-    router = Always() if entry.router.kind == "always" else Router(entry.router, site.width, entry.experts.count)
     shared = None if entry.shared is None else FeedForward.at(place, entry.shared)
-    return MixtureLayer(router, experts, shared=shared, kept=stood.kept() if entry.keep else None, name=site.root)
+    return MixtureLayer(_router(entry.router, site.width, entry.experts.count), experts, shared=shared, name=site.root)
+
+
+def _router(config: RouterConfig, width: int, experts: int) -> Always | Joined | Router:
+    if config.kind == "always":
+        return Always()
+    return (Joined if config.kind == JOINED else Router)(config, width, experts)
 
 
 class _Stood:
@@ -118,7 +147,11 @@ class _Stood:
         if self.site.kind != FFN or self.site.mount == self.site.root:
             return self.module
         assert self.site.activation is not None
-        return FeedForward({role: (self.site.below(role), m) for role, m in self.maps.items()}, self.site.activation)
+        return FeedForward(self.linear_maps(), self.site.activation)
+
+    def linear_maps(self) -> dict[str, tuple[str, nn.Module]]:
+        """Role -> (path below the site's root, module)."""
+        return {role: (self.site.below(role), module) for role, module in self.maps.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name below the site's root -> value."""
@@ -177,6 +210,8 @@ class _Feeder:
             kwargs = {name: value for name, value in kwargs.items() if name != LABELS}
         mask = _argument(self.mask, args, kwargs)
         tokens = _argument(self.tokens, args, kwargs)
+        if isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == 1 and tokens is not None:
+            labels = labels.expand(-1, tokens.shape[1])
         if not isinstance(mask, Tensor) or mask.ndim != 2 or tokens is None:
             mask = None  # masks of other shapes say who sees whom, not who is real
         elif mask.shape[1] >= tokens.shape[1]:

@@ -23,7 +23,7 @@ from ..errors import BadInput
 from ..mixture.config import MixtureConfig
 from .config import MoeforgeConfig
 from .layout import weight_rules
-from .mixing import complete, find_all, install
+from .mixing import LABELS, complete, find_all, install
 
 
 class Mixed:
@@ -101,6 +101,11 @@ class Mixed:
         if not hasattr(cls, "base_class"):
             return cls.of(config)._from_config(config, **kwargs)
         return cast(Any, super())._from_config(config, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # `generate` refuses what `forward` does not name, and ours is taken before `forward`
+        stock = cast(Any, super())
+        stock._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != LABELS})
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
@@ -188,13 +193,14 @@ def head_of(kind: type[PreTrainedModel]) -> type[Mixed]:
     )
 
 
-def mix(model: PreTrainedModel, entries: Sequence[MixtureConfig], *, copy: bool = True) -> Any:
+def mix(model: PreTrainedModel, entries: Sequence[MixtureConfig], *, copy: bool = True, nested: bool = False) -> Any:
     """Turn a dense model into one with mixtures, in place: modules are replaced, its class and config become those of its kind.
 
     Args:
         entries: what an entry leaves open is taken from the model: no layers, all of them; width 0, experts like the dense network.
         copy: experts start as copies of the network that they replace (with weights that sum to 1, the model computes the same);
             False: at random.
+        nested: see :func:`moeforge.model.mixing.find_all`.
 
     Raises:
         BadInput: a site that is not there, or a model whose class transformers does not know.
@@ -207,7 +213,7 @@ def mix(model: PreTrainedModel, entries: Sequence[MixtureConfig], *, copy: bool 
     base = model.config
     base.architectures = [kind.__name__]
     config = MoeforgeConfig(base, full, architectures=[made.__name__], dtype=model.dtype)
-    found = find_all(model, full)
+    found = find_all(model, full, nested=nested)
     model.__class__ = made
     _equip(model, config, found, copy=copy)
     return model

@@ -84,7 +84,9 @@ class LoraExperts(Experts):
         return self.lora_B if self.lora_B.ndim == 3 else self.lora_B.unsqueeze(0)
 
     def _scale(self) -> Tensor:
-        return torch.tensor(self.scales, dtype=torch.float32, device=self.lora_B.device)
+        return torch.tensor(
+            self.scales, dtype=torch.promote_types(self.lora_B.dtype, torch.float32), device=self.lora_B.device
+        )
 
     def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
         base = self.base(x)

@@ -110,11 +110,8 @@ class LoraFFNExperts(Experts):
         return getattr(self, f"{role}_lora_B", None)
 
     def _scale(self) -> Tensor:
-        return torch.tensor(self.scales, dtype=torch.float32, device=self.base_device)
-
-    @property
-    def base_device(self) -> torch.device:
-        return next(self.parameters(recurse=False)).device
+        own = next(self.parameters(recurse=False))
+        return torch.tensor(self.scales, dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
 
     def _norms(self, role: str) -> Tensor:
         a, b = self._a(role), self._b(role)

@@ -52,13 +52,14 @@ def test_saved_and_loaded_it_is_the_same_model(family, tmp_path, written):
 
 
 @pytest.mark.parametrize("family", SHAPES)
-@pytest.mark.parametrize("kind", ["kept", "shared", "delta"])
+@pytest.mark.parametrize("kind", ["kept", "shared", "lora_ffn", "lora"])
 def test_what_stands_beside_the_experts_is_saved_under_dense_names(family, kind, tmp_path):
     plain = {"experts": ExpertsConfig(count=3)}
     entry = MixtureConfig(**{
         "kept": {**plain, "keep": True},
         "shared": {**plain, "shared": experts(family, width=10), "router": RouterConfig(bias=True)},
-        "delta": {"layers": (1,), "experts": experts(family, type="delta", count=3, options={"rank": 4, "alpha": 8.0})},
+        "lora_ffn": {"layers": (1,), "experts": experts(family, type="lora_ffn", count=3, options={"rank": 4, "alpha": 8.0})},
+        "lora": {"site": "down", "experts": ExpertsConfig(type="lora", count=3, options={"rank": 4})},
     }[kind])  # fmt: skip
     model = mixed(family, entry, scatter=0.1)
     wanted = answer(model, **inputs_of(family))

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -138,10 +139,17 @@ def peak(row: str, width: int, ffn: int, tokens: int, dtype: str) -> int:
     x, up = inputs(width, 8, getattr(torch, dtype))
     step(module, x, up, True)
     x, up = inputs(width, tokens, getattr(torch, dtype))
-    before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    open("/proc/self/clear_refs", "w").write("5")
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")
     step(module, x, up, True)
-    high = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    high = (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+        * 1024
+    )
     return high - before
 
 

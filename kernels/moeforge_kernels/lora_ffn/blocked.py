@@ -72,9 +72,14 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_mixed: Tensor, d_low: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, low_gate, low_up, weight, b_gate, b_up, a_down, *listed = ctx.saved_tensors
-        pairs, act, scales = Pairs(*listed, ctx.tokens, ctx.slots), find(ctx.activation), ctx.scales
+        token_of, expert_of, _, offsets, by_token = listed
+        pairs, act, scales = (
+            Pairs(token_of, expert_of, weight, offsets, by_token, ctx.tokens, ctx.slots),
+            find(ctx.activation),
+            ctx.scales,
+        )
 
-        def zeros(like: Tensor | None) -> Tensor | None:
+        def zeros(like: Tensor | None) -> Any:
             return None if like is None else torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
         g_gate, g_up, g_low_gate, g_low_up, g_weight = map(zeros, (gate, up, low_gate, low_up, weight))

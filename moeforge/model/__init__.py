@@ -5,6 +5,7 @@ sites, formulas          where a mixture can stand, found by structure; what the
 mixing                   replace modules by mixtures, tell routers which tokens are real
 layout                   what the tensors of mixtures are called on disk
 config, runtime          a checkpoint of type `moeforge`; its classes
+merged_experts           an adapter of LoRA experts as the dense checkpoint that it is under constant weights
 streaming, proof         one layer in memory at a time; is it the same function?
 kernels                  transformers' own mixtures on our kernels
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.base import COMPRESSION, Checkpoint
@@ -24,6 +25,7 @@ class Export:
         "moeforge export tuned --to gguf --type q8_0 -o exported": "a file for llama.cpp",
         "moeforge export model.gguf --to hf -o model": "a directory for transformers",
         "moeforge export adapter --to peft-experts -o loras": "a PEFT LoRA for each expert of an adapter",
+        "moeforge export adapter --to hf --merge --expert math -o math": "the dense model that one expert makes of the base",
     }
     api_version = 1
     consumes = frozenset({"checkpoint", "gguf", "adapter"})
@@ -33,16 +35,24 @@ class Export:
     Options = Options
 
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
-        from . import to_adapter, to_gguf, to_hf
-
         checkpoint = _open(src, options)
-        form = {"hf": to_hf, "gguf": to_gguf}.get(options.to, to_adapter)
-        plan = form.plan(checkpoint, options)
+        plan = _form(options).plan(checkpoint, options)
         return replace(plan, warnings=(*plan.warnings, *_rounded(checkpoint)))
 
     def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
         with plan.payload.checkpoint:
             return plan.payload.write(plan, out, ctx)
+
+
+def _form(options: Options) -> ModuleType:
+    """The module that plans and writes the form that was asked for."""
+    from . import approximate, merge, to_adapter, to_gguf, to_hf
+
+    if options.merge:
+        return merge
+    if options.approximate_rank is not None:
+        return approximate
+    return {"hf": to_hf, "gguf": to_gguf}.get(options.to, to_adapter)
 
 
 def _open(src: Artifact, options: Options) -> Checkpoint:

@@ -26,7 +26,7 @@ def complete(line, shell="bash"):
         ("moeforge compress --method i", {"int8"}),
         ("moeforge upcycle --method split --gran", {"--granularity"}),
         ("moeforge upcycle --gran", set()),  # copy, the default method, has no such option
-        ("moeforge export --to ", {"hf", "gguf", "mixlora", "moe-peft", "mola", "peft", "peft-experts"}),
+        ("moeforge export --to ", {"hf", "gguf", "mixlora", "moe-peft", "mola", "peft", "peft-experts", "moe"}),
         ("moeforge completion z", {"zsh"}),
     ],
 )

@@ -8,8 +8,8 @@ from moeforge.mixture.config import ExpertsConfig, MixtureConfig, RouterConfig
 from moeforge.mixture.context import MixtureContext
 from moeforge.mixture.experts.ffn import FFNExperts
 from moeforge.mixture.experts.lora_ffn import LoraFFNExperts
-from moeforge.mixture.low_rank import LowRank
 from moeforge.mixture.layer import MixtureLayer
+from moeforge.mixture.low_rank import LowRank
 from moeforge.mixture.router import Router
 from moeforge.mixture.shared import Following, SharedRouter
 from moeforge.model.runtime import mix

@@ -6,6 +6,7 @@ mixing                   replace modules by mixtures, tell routers which tokens 
 layout                   what the tensors of mixtures are called on disk
 config, runtime          a checkpoint of type `moeforge`; its classes
 merged_experts           an adapter of LoRA experts as the dense checkpoint that it is under constant weights
+adapters, joining        an adapter of LoRA experts beside its base; many beside one, each for its rows of a batch
 streaming, proof         one layer in memory at a time; is it the same function?
 kernels                  transformers' own mixtures on our kernels
 """

@@ -1,8 +1,8 @@
-"""The linear maps of a language model's layers, told from tensor names alone: what a plan needs to know before a model is built.
+"""The linear maps of a model's layers, told from tensor names alone: what a plan needs to know before a model is built.
 
     q, k, v, qkv, o             of attention
     gate, up, gate_up, down     of the feed-forward network
-    in, out                     of a state-space mixer (Mamba)
+    in                          into a state-space mixer (Mamba)
 
 moeforge.model.sites finds the same places by structure when the model is there; whoever plans with these checks against those.
 """
@@ -23,13 +23,15 @@ _SENSES = re.compile(r"(^|[._])(vision|visual|audio|image|speech)")
 """Other towers of a model of several modalities."""
 ATTENTION = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "qkv_proj": "qkv", "query_key_value": "qkv", "c_attn": "qkv",
-    "o_proj": "o", "out_proj": "o", "c_proj": "o", "dense": "o",
+    "o_proj": "o", "out_proj": "o", "c_proj": "o", "dense": "o", "query": "q", "key": "k", "value": "v",
 }  # fmt: skip
 FFN = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up", "fc1": "up", "fc2": "down", "c_fc": "up",
     "c_proj": "down", "dense_h_to_4h": "up", "dense_4h_to_h": "down", "w1": "gate", "w3": "up", "w2": "down",
 }  # fmt: skip
-MIXER = {"in_proj": "in", "out_proj": "out"}
+HELD = {"intermediate": "up", "output": "down"}
+"""BERT and its kin call both maps of the FFN `dense`; what holds them tells which."""
+MIXER = {"in_proj": "in"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class LinearMap:
 def linear_maps(
     config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], ref: str
 ) -> dict[tuple[str, int], LinearMap]:
-    """(role, layer) -> linear map, of the text model.
+    """(role, layer) -> linear map; of the text model, where there are several towers.
 
     Raises:
         BadInput: there is none, the model is a mixture already, or two have one role in one layer.
@@ -88,7 +90,7 @@ def linear_maps(
     return dict(sorted(found.items(), key=lambda item: (item[0][1], _ORDER.index(item[0][0]))))
 
 
-_ORDER: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "in", "out")
+_ORDER: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "in")
 
 
 def _role(below: list[str]) -> str | None:
@@ -97,4 +99,4 @@ def _role(below: list[str]) -> str | None:
         return ATTENTION.get(leaf)
     if "mixer" in holders or "mamba" in holders:
         return MIXER.get(leaf)
-    return FFN.get(leaf) if holders else None
+    return HELD.get(holders[-1]) if leaf == "dense" and holders else FFN.get(leaf)

@@ -3,7 +3,8 @@
     ffn                   the feed-forward network of a layer
     q, k, v, qkv, o       one linear map of the layer's attention
     gate, up, gate_up, down   one linear map of its feed-forward network
-    in, out               one linear map of a state-space mixer (Mamba)
+    in                    the linear map into a state-space mixer (Mamba); in training the one that leads out is no module that is
+                          called, only weights for a fused function: nothing can stand there
     attention, layer      the whole attention module, the whole layer
 
 of the text model where there are several towers, of another one when its name stands before: `vision.ffn`, `vision.layer`. The
@@ -33,9 +34,9 @@ ATTENTION_ROLES = {
     "o_proj": "o", "out_proj": "o", "c_proj": "o", "output": "o", "o": "o", "projection": "o",
 }  # fmt: skip
 """What linear maps of attention are called; `dense` is called by what holds it."""
-MIXER_ROLES = {"in_proj": "in", "out_proj": "out"}
+MIXER_ROLES = {"in_proj": "in"}
 """What linear maps of a state-space mixer are called, which is no attention."""
-SINGLE = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "in", "out")
+SINGLE = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "in")
 KINDS = (FFN, *SINGLE, "attention", "layer")
 
 
@@ -240,7 +241,7 @@ def _find(model: nn.Module, tower: Tower, index: int, kind: str) -> Site:
                 f"{where}: expected one projection {kind!r} of attention, found {[p.path for p in found] or 'none'}"
             )
         return Site(kind, *place, found[0].path, found[0].path, projections={kind: found[0]})
-    if kind in ("in", "out"):
+    if kind == "in":
         mixer = [(name, module) for name, module in _linears(layer) if MIXER_ROLES.get(name.rpartition(".")[2]) == kind
                  and not any(name.startswith(f"{a}.") for a in attention)]  # fmt: skip
         if len(mixer) != 1:

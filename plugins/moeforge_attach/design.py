@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint
 
 ATTENTION = ("q", "k", "v", "qkv", "o")
-LINEAR = (*ATTENTION, *FFN_ROLES, "in", "out")
+LINEAR = (*ATTENTION, *FFN_ROLES, "in")
 Maps = Mapping[tuple[str, int], LinearMap]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     sites: str = opt(
-        "where experts stand: ffn, or linear maps: q k v qkv o gate up gate_up down in out; comma-separated",
+        "where experts stand: ffn, or linear maps: q k v qkv o gate up gate_up down in; comma-separated",
         default="ffn",
     )
     plain: str = opt("where one LoRA without a router stands; comma-separated", default="")

@@ -40,7 +40,7 @@ class LoRAMixer:
 
     def design(self, stage: Any, options: Options) -> Design:
         router = {"select": "topk", "top_k": 3, "train_select": "all"}
-        return Design((*ATTENTION, "in", "out"), experts="6", rank=64, alpha=128, router=router)
+        return Design((*ATTENTION, "in"), experts="6", rank=64, alpha=128, router=router)
 
     def inputs(self, stage: StageOptions, options: Options) -> Sequence[str]:
         return identities([Named.parse(text).ref for text in options.experts_from], stage)

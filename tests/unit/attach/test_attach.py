@@ -266,3 +266,55 @@ def test_methods_count_as_their_papers_do():
     routers = sum(5 * i for i, _ in sizes.values()) * 32
     assert total(MoLA, MoLA.Options()) == mola + routers
     assert total(Custom, Custom.Options(sites="q")) == 32 * (8 * 8 * 2 * 4096 + 8 * 4096)
+
+
+@pytest.mark.parametrize("family", ["MambaConfig", "FalconMambaConfig"])
+def test_state_space_mixers(family, tmp_path):
+    """Experts at the map into the mixer; in training the one that leads out is read by a fused function, past any module there."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, family)(vocab_size=96, hidden_size=32, state_size=8, num_hidden_layers=4, expand=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    out = adapter(tmp_path / "base", tmp_path / "out", "--method", "lora-mixer")
+    manifest = json.loads((out / "moeforge.json").read_text())
+    assert manifest["counts"]["experts_by_layer"] == {"in": [6] * 4}
+    verdicts = manifest["verdicts"]
+    assert verdicts["verified"] and not verdicts["failed"] and verdicts["measured"]["forced_relative_error"] <= 1e-5
+    assert verdicts["measured"]["tensors_reached"] == verdicts["measured"]["tensors_learning"] == 4 * 3, "A, B, router"
+
+
+def test_a_model_that_sees_routes_images_and_text_and_no_padding(tmp_path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=95)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    out = adapter(tmp_path / "base", tmp_path / "out", "--method", "llava-mole")
+    model = moeforge.load(str(out), dtype="float32")
+    ids = torch.randint(1, 90, (2, 9))
+    ids[:, 2:6] = 95  # four patches
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), model.mixture_context.record() as seen:
+        found = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+    dense = moeforge.load(str(tmp_path / "base"), dtype="float32")
+    want = dense(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 3
+    for routing in seen.values():
+        assert int(routing.pairs.counts().sum()) == 16, (
+            "every image and text token has one expert, the two of padding none"
+        )

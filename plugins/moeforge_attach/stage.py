@@ -47,7 +47,7 @@ class Attach:
     """See :class:`moeforge.pipeline.stage.Stage`."""
 
     name = "attach"
-    summary = "put LoRA experts beside a frozen model (MixLoRA, MoLA, LLaVA-MoLE, LoRA-Mixer, imported LoRAs); writes an adapter"
+    summary = "put LoRA experts beside a frozen model, new or imported; writes an adapter"
     examples = {
         "moeforge attach org/dense --method mixlora -o adapter": "8 LoRA experts in every FFN, 2 active; the base is not copied",
         "moeforge attach base --method mola --experts diamond --rank 8 -o adapter": "more experts in the middle layers",

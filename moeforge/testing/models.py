@@ -59,6 +59,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dinov2": {"image_size": 16, "patch_size": 4, "num_labels": 5, "mlp_ratio": 2},
 }
 """The same of families that no native mixture holds and whose blocks are built otherwise: plain FFNs, biases, pixels."""
+MIXERS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+    "falcon_mamba": {"state_size": 4, "time_step_rank": 4},
+}
+"""The same of state-space models, which have neither attention nor FFN."""
 HEADS = {
     "bert": "BertForMaskedLM",
     "roberta": "RobertaForMaskedLM",
@@ -75,12 +80,27 @@ def tiny_dense(
     from transformers import AutoConfig
 
     sizes = SIZES
-    if model_type in OTHERS:  # none of the keys that the family does not have
+    if model_type not in FAMILIES:  # none of the keys that the family does not have
         known = AutoConfig.for_model(model_type)
         sizes = {key: value for key, value in SIZES.items() if hasattr(known, key)}
-    own = {**FAMILIES, **OTHERS}[model_type]
+    own = {**FAMILIES, **OTHERS, **MIXERS}[model_type]
     config = AutoConfig.for_model(model_type, **{**sizes, **own, **overrides})
     return tiny(config, seed, head or HEADS.get(model_type))
+
+
+def tiny_llava(seed: int = 0) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """A LLaVA of two towers whose images are four patches; token 198 stands for one of them."""
+    from transformers import AutoConfig
+
+    towers = {
+        "text_config": {"model_type": "llama", **SIZES},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 8, "patch_size": 4,
+        },
+    }  # fmt: skip
+    config = AutoConfig.for_model("llava", **towers, image_token_id=SIZES["vocab_size"] - 1)
+    return tiny(config, seed, "LlavaForConditionalGeneration")
 
 
 def tiny(config: PretrainedConfig, seed: int = 0, head: str | None = None) -> tuple[PreTrainedModel, PretrainedConfig]:

@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -147,12 +147,15 @@ class MergedExperts(Checkpoint):
     Args:
         adapter: closed with this one.
         routes: number of an entry -> the expert that every token visits there with weight 1 (see :func:`forced`).
+        dtype: what the matrices that change are rounded to; None: the base's.
 
     Raises:
         BadInput: the weights of a site depend on the token, experts of a network are mixed, or the base's weights are codes.
     """
 
-    def __init__(self, adapter: ExpertAdapter, routes: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self, adapter: ExpertAdapter, routes: Mapping[int, int] | None = None, dtype: str | None = None
+    ) -> None:
         self.adapter, self._routes = adapter, dict(routes or {})
         self.ref, self.root = adapter.ref, adapter.root
         self.config: dict[str, Any] = dict(adapter.base.config)
@@ -168,6 +171,8 @@ class MergedExperts(Checkpoint):
         self._maps = linear_maps(self.config, self.tensors, adapter.base.ref)
         self._turned = {f"{one.path}.weight" for one in self._maps.values() if one.transposed}
         self._deltas = {name: kept for name, deltas in deltas_of(adapter).items() if (kept := self._kept(deltas))}
+        changed = {n: replace(self.tensors[n], dtype=dtype or self.tensors[n].dtype) for n in self._deltas}
+        self.tensors = {**self.tensors, **changed}
         for name in self._deltas.keys() & self._turned:
             if any(delta.magnitude for delta in self._deltas[name]):
                 raise BadInput(
@@ -182,6 +187,10 @@ class MergedExperts(Checkpoint):
     def _require_dense(self, number: int, entry: MixtureConfig) -> None:
         router, count = entry.router, entry.experts.count
         where = f"{self.ref}: site {entry.site!r} of layers {list(entry.layers)}"
+        if entry.keep or entry.shared is not None:
+            raise BadInput(
+                f"{where}: keep = {entry.keep}, shared = {entry.shared is not None}: what stands beside the experts is not merged"
+            )
         if number not in self._routes and not constant(entry):
             raise BadInput(f"{where}: {count} experts under a router of kind {router.kind!r}, select = {router.select!r}: their weights "
                            "depend on the token, and no dense matrix is that; --expert merges one of them, and `moeforge upcycle "
@@ -241,7 +250,21 @@ class MergedExperts(Checkpoint):
             norms = np.maximum(np.linalg.norm(own, axis=1), np.finfo(wide).tiny)
             own *= (wide.type(weight) * size / norms)[:, None]
             merged += own
-        return merged.astype(NUMPY_DTYPES[self.tensors[name].dtype], copy=False)
+        return self._rounded(name, merged)
+
+    def _rounded(self, name: str, merged: np.ndarray) -> np.ndarray:
+        """
+        Raises:
+            BadInput: a value beyond the largest number of the dtype (float16 ends at 65504).
+        """
+        dtype = self.tensors[name].dtype
+        with np.errstate(over="ignore"):
+            made = merged.astype(NUMPY_DTYPES[dtype], copy=False)
+        if dtype == "F16" and not np.isfinite(made).all() and np.isfinite(largest := np.abs(merged).max()):
+            raise BadInput(
+                f"{self.ref}: {name} merged holds {largest:.4g}, beyond the largest F16 number; ask for bf16 or f32"
+            )
+        return made
 
     def _product(self, name: str, delta: Delta, scale: float, start: int, stop: int, wide: np.dtype[Any]) -> np.ndarray:
         """Rows `start` to `stop` of `scale` B A as the base stores that matrix."""
@@ -253,10 +276,10 @@ class MergedExperts(Checkpoint):
         return product_rows(left.astype(wide), right.astype(wide), scale, start, stop)
 
     def read_memory(self, name: str, nbytes: int) -> int:
-        base, deltas = self.adapter.base.read_memory(name, nbytes), self._deltas.get(name)
+        deltas = self._deltas.get(name)
         if deltas is None:
-            return base
-        info, item = self.tensors[name], 8 if self.tensors[name].dtype == "F64" else 4
+            return self.adapter.base.read_memory(name, nbytes)
+        info, item = self.tensors[name], 8 if self.adapter.base.tensors[name].dtype == "F64" else 4
         factors = max(
             self.adapter.tensors[d.a].nbytes
             + self.adapter.tensors[d.b].nbytes
@@ -265,6 +288,7 @@ class MergedExperts(Checkpoint):
         )
         # wide: the base, the sum, one product with a block of it, and with magnitudes the squares
         count = nbytes // NUMPY_DTYPES[info.dtype].itemsize
+        base = self.adapter.base.read_memory(name, count * NUMPY_DTYPES[self.adapter.base.tensors[name].dtype].itemsize)
         return max(base, 2 * nbytes + item * (4 * count + BLOCK * math.prod(info.shape[1:])) + factors)
 
     def extent(self, name: str) -> Extent | None:

@@ -11,6 +11,7 @@ from moeforge.model.merged_experts import MergedExperts, expert_number, forced
 from moeforge.pipeline.artifact import Plan
 
 from . import to_hf
+from .narrow import DTYPES
 from .options import Options
 
 
@@ -39,7 +40,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
     routes = {} if options.expert is None else forced(adapter, expert_number(adapter, options.expert))
     if options.expert is not None and not routes:
         raise BadInput(f"{adapter.ref}: --expert {options.expert}: no site has experts to choose among; leave it out")
-    merged = MergedExperts(adapter, routes)
+    merged = MergedExperts(adapter, routes, DTYPES.get(options.type))
     found = to_hf.plan(merged, options)
     rounded = sorted({found.tensors[name][0] for name in merged.changed} & {"F16", "BF16"})
     verdicts: dict[str, object] = {"exact": not rounded and not routes, "merged": len(merged.changed)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,21 +12,21 @@ import numpy as np
 
 from moeforge.checkpoint.architectures import architecture
 from moeforge.checkpoint.base import Checkpoint
-from moeforge.checkpoint.family import Architecture, Part
+from moeforge.checkpoint.expert_adapter import ExpertAdapter
 from moeforge.checkpoint.ops import Input, TensorOp
 from moeforge.checkpoint.planned import PlannedCheckpoint
-from moeforge.checkpoint.tensor import FLOATS, TensorInfo
+from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.errors import BadInput
 from moeforge.pipeline.artifact import Problem
 from moeforge.pipeline.stage import Bound
 
 from . import layers, own, pairs, router
+from .dense import examine, like
 from .experts import Blueprint, Parent, cast, zeros
-from .options import EXPERTS, Options
-from .recipe import ExpertRecipe, Layer, LayerRecipe, LayerStats, Matrix, MixtureShape
+from .options import DTYPES, EXPERTS, Options
+from .recipe import Brought, ExpertRecipe, Layer, LayerRecipe, LayerStats, Matrix, MixtureShape
 from .targets import Target
 
-DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 SCALES: dict[str, dict[Matrix, float]] = {
     "down": {"down": 1.0},
@@ -51,6 +52,9 @@ class Job:
     factors: dict[Matrix, float]
     passed: Mapping[int | None, Sequence[TensorOp]]
     """Layer, or None for what is in no layer -> ops of everything outside the new mixtures."""
+    sources: tuple[Checkpoint, ...]
+    """What was opened, SRC first: the parents, unless SRC holds them all."""
+    brought: Brought | None = None
 
     @property
     def target(self) -> Target:
@@ -147,6 +151,7 @@ class Job:
             stats=stats,
             scoring=self.target.scoring,
             matrices=tuple(matrix for matrix in self.parents[0].matrices if not matrix.endswith("_bias")),
+            router=None if self.brought is None else functools.partial(self.brought.router, index),
         )
 
 
@@ -167,9 +172,12 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
         BadInput: the source cannot become a mixture exactly, or its tensors and config disagree.
         UsageProblem: the options do not fit each other or the model.
     """
-    family, settings, parent = examine(checkpoints[0])
-    parents = (parent, *(_like(checkpoint, family, settings) for checkpoint in checkpoints[1:]))
-    if len(parents) > 1:
+    brought = _brought(checkpoints[0], method, options)
+    dense = checkpoints if brought is None else brought.parents
+    options = options if brought is None else brought.stage
+    family, settings, parent = examine(dense[0])
+    parents = (parent, *(like(checkpoint, family, settings) for checkpoint in dense[1:]))
+    if len(checkpoints) > 1:
         method.method.check_parents(checkpoints, method.options)
     if options.experts is None and not hasattr(method.method, "parents"):
         options = replace(options, experts=EXPERTS)
@@ -177,6 +185,8 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
     sparse = layers.select(options.layers, settings["num_hidden_layers"])
 
     def fits(target: Target) -> Problem | None:
+        if brought is not None and target.scoring != brought.scoring:
+            return Problem("router.score", brought.scoring, f"{target.model_type} scores experts by {target.scoring}")
         return unfit(target, shape, sparse, settings["num_hidden_layers"], options)
 
     match = pairs.choose(
@@ -189,7 +199,9 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
         allow_inexact=options.allow_inexact,
     )
     target = match.pair.target
-    weights_sum = 1.0 if options.norm_topk else shape.top_k * (target.zero_router_weight or 1 / shape.experts)
+    # experts that were trained under their router count as they did there
+    as_one = options.norm_topk or brought is not None
+    weights_sum = 1.0 if as_one else shape.top_k * (target.zero_router_weight or 1 / shape.experts)
     scale = shape.routed_scale / weights_sum
     in_config = options.scale == "routed-factor"
     values = {
@@ -210,7 +222,7 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
         **layers.settings(sparse, settings["num_hidden_layers"]),
     }
     if target.model_type == own.NAME:
-        config = own.config(family, checkpoints[0].config, settings, values, parent.matrices, sparse)
+        config = own.config(family, dense[0].config, settings, values, parent.matrices, sparse)
     else:
         config = pairs.output_config(match.pair, settings, values)
     return Job(
@@ -224,7 +236,23 @@ def prepare(checkpoints: Sequence[Checkpoint], method: Bound, options: Options) 
         config=config,
         factors=_factors(options, scale, weights_sum),
         passed=_passed(parents, match, sparse, DTYPES.get(options.dtype), method),
+        sources=tuple(checkpoints),
+        brought=brought,
     )
+
+
+def _brought(source: Checkpoint, method: Bound, options: Options) -> Brought | None:
+    """What SRC holds beside a dense model, for a method that takes it; None for the others.
+
+    Raises:
+        BadInput: the method takes dense checkpoints, and SRC is an adapter of LoRA experts.
+    """
+    if hasattr(method.method, "bring"):
+        return method.method.bring(source, options, method.options)
+    if isinstance(source, ExpertAdapter):
+        raise BadInput(f"{source.ref}: an adapter of LoRA experts, and --method {method.name} takes dense checkpoints; --method lora makes "
+                       "whole experts of these")  # fmt: skip
+    return None
 
 
 def _factors(options: Options, scale: float, weights_sum: float) -> dict[Matrix, float]:
@@ -236,91 +264,6 @@ def _factors(options: Options, scale: float, weights_sum: float) -> dict[Matrix,
     made: dict[Matrix, float] = {matrix: scale**power for matrix, power in SCALES[options.scale].items()}
     made["down_bias"] = bias
     return {matrix: factor for matrix, factor in made.items() if factor != 1}
-
-
-def examine(checkpoint: Checkpoint) -> tuple[Architecture, dict[str, Any], Parent]:
-    """The family of a dense checkpoint, its resolved config, and where its roles lie.
-
-    Raises:
-        BadInput: a tensor is missing, is not a float, or is not accounted for by the config.
-    """
-    try:
-        family = architecture(checkpoint.config).of_class(checkpoint.config)
-    except BadInput as error:
-        raise BadInput(f"{checkpoint.ref}: {error}") from None
-    settings = family.resolve(checkpoint.config)
-    located = family.locate(settings)
-    wanted = {part.name for part in located.values()}
-    stored: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        if not family.is_ignored(name) and (twice := stored.setdefault(family.called(name, wanted), name)) != name:
-            raise BadInput(
-                f"{checkpoint.ref}: {name} and {twice} are one tensor of a {family.model_type} model; remove one"
-            )
-    missing = sorted(wanted - set(stored))
-    if missing:
-        raise BadInput(f"{checkpoint.ref}: a {family.model_type} model of this config has {missing[0]}"
-                       f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, the files do not")  # fmt: skip
-    parts = {role: replace(part, name=stored[part.name]) for role, part in located.items()}
-    tied = {family.tensors.get("head")} if settings.get("tie_word_embeddings") else set()
-    extra = {name: found for name, found in stored.items() if name not in wanted | tied}
-    # a head's tensors have no role of their own but their name
-    parts |= {(name, None): Part(found, called=name) for name, found in extra.items() if family.belongs(name)}
-    left = [found for name, found in extra.items() if not family.belongs(name)]
-    lost = [name for name in left if not family.is_another_head(name)]
-    if lost:
-        raise BadInput(f"{checkpoint.ref}: {lost[0]}{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''} "
-                       f"would be lost: a {family.model_type} model of this config has no such tensor")  # fmt: skip
-    for part in parts.values():
-        if checkpoint.tensors[part.name].dtype not in FLOATS:
-            raise BadInput(f"{checkpoint.ref}: {part.name} has dtype {checkpoint.tensors[part.name].dtype}; "
-                           "a quantised source needs --dequantize")  # fmt: skip
-    _check_shapes(checkpoint, parts, settings)
-    return family, settings, Parent(checkpoint, parts, tuple(left))
-
-
-def _check_shapes(
-    checkpoint: Checkpoint, parts: Mapping[tuple[str, int | None], Part], settings: Mapping[str, Any]
-) -> None:
-    """Every tensor has the sizes that the config gives its role.
-
-    Raises:
-        BadInput: naming the tensor, both shapes, and the config keys that decide.
-    """
-    tensors: dict[str, dict[str, Part]] = defaultdict(dict)
-    for (role, _), part in parts.items():
-        tensors[part.name][role] = part
-    for name, roles in tensors.items():
-        found, (first, *_) = checkpoint.tensors[name].shape, roles.values()
-        if first.shape is None:
-            continue
-        rows = sum(part.shape[0] for part in roles.values() if part.shape)
-        wanted = first.shape if first.rows is None else (rows, *first.shape[1:])
-        if found != wanted:
-            keys = dict.fromkeys(key for part in roles.values() for key in part.keys)
-            said = ", ".join(f"{key} = {settings[key]}" for key in keys)
-            raise BadInput(f"{checkpoint.ref}: {name} has shape {list(found)}, which does not hold {' and '.join(roles)} "
-                           f"of shape {list(wanted)} ({said})")  # fmt: skip
-
-
-def _like(checkpoint: Checkpoint, family: Architecture, settings: dict[str, Any]) -> Parent:
-    """A further parent, which must have the family and sizes of the first."""
-    other, found, parent = examine(checkpoint)
-    for key in (
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    ):
-        if found[key] != settings[key]:
-            raise BadInput(f"{checkpoint.ref}: {key} = {found[key]}, the first parent has {settings[key]}")
-    if other.model_type != family.model_type:
-        raise BadInput(
-            f"{checkpoint.ref}: model_type = {other.model_type!r}, the first parent is {family.model_type!r}"
-        )
-    return parent
 
 
 def unfit(target: Target, shape: MixtureShape, sparse: Sequence[int], count: int, options: Options) -> Problem | None:

@@ -114,7 +114,7 @@ def proof_bytes(job: Job, ops: Iterable[TensorOp]) -> int:
     tensors = {info.name: [info.dtype, list(info.shape)] for op in ops for info in op.outputs}
     texts = [PROOF_TOKENS] * (len(job.options.calibration) or len(domains.DEFAULT)) if not job.shape.exact else []
     planned = PlannedCheckpoint({"config": job.config, "tensors": tensors})
-    return memory.proof_bytes(job.parents[0].checkpoint, planned, texts)
+    return memory.proof_bytes(job.sources[0], planned, texts)
 
 
 def _measuring(job: Job) -> int:

@@ -14,12 +14,14 @@ from . import advice
 
 EXPERTS = 8
 """--experts where neither the user nor the method says."""
+DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+"""--dtype -> safetensors' name."""
 
 
 @dataclass(frozen=True)
 class Options(Decoding):
     experts: int | None = opt(
-        f"routed experts in every sparse layer (default: {EXPERTS}; for btx one of each checkpoint)",
+        f"routed experts in every sparse layer (default: {EXPERTS}; for btx one of each checkpoint, for lora what SRC has)",
         default=None,
         min=2,
     )

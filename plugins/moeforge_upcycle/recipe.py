@@ -114,6 +114,25 @@ class Layer:
     """How the layout scores router logits: `softmax` or `sigmoid`."""
     matrices: tuple[Matrix, ...] = ("gate", "up", "down")
     """Which of these the FFN has, down last."""
+    router: Callable[[], np.ndarray] | None = None
+    """[E, D] float32 router rows that SRC brings; None where it is dense."""
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What SRC brings where it is no dense checkpoint but holds experts and their routers already.
+
+    Attributes:
+        parents: one dense checkpoint an expert: SRC as it is where every token visits that one.
+        stage: the stage's options as SRC settles them: experts, top_k, layers, norm_topk.
+        scoring: how the routers score, `softmax` or `sigmoid`.
+        router: layer -> its rows, [E, D] float32.
+    """
+
+    parents: tuple[Checkpoint, ...]
+    stage: Any
+    scoring: str
+    router: Callable[[int], np.ndarray]
 
 
 class UpcycleMethod(Protocol):
@@ -162,6 +181,19 @@ class SeveralParents(UpcycleMethod, Protocol):
 
     def merge(self, role: str, output: TensorInfo, options: Any) -> Callable[..., np.ndarray] | None:
         """How a tensor outside the mixtures is made from all parents' tensors of that role; None: SRC's is taken."""
+        ...
+
+
+class FromExperts(UpcycleMethod, Protocol):
+    """What a method needs besides when SRC holds the experts already."""
+
+    def bring(self, source: Checkpoint, stage: Any, options: Any) -> Brought:
+        """What is in SRC, from its headers.
+
+        Raises:
+            BadInput: it holds no experts, or such as no mixture of whole FFNs is.
+            UsageProblem: the stage's options say otherwise.
+        """
         ...
 
 

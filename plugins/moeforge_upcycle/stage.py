@@ -109,7 +109,7 @@ class Upcycle:
 
     def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
         job: Job = plan.payload
-        source = job.parents[0].checkpoint
+        source = job.sources[0]
         if "proof" in plan.facts["peak_memory_by_phase_bytes"]:
             proof.warm_up()
         made: dict[int, routers.Router] = {}
@@ -144,7 +144,7 @@ class Upcycle:
             verdicts=verdicts,
             digests=written.files,
             tensor_digests=written.tensor_digests,
-            parents=tuple(parent.checkpoint.provenance() for parent in job.parents),
+            parents=tuple(source.provenance() for source in job.sources),
             notes=(*([verdicts["proof"]] if "proof" in verdicts else []), *losses.lines(verdicts.get("losses", {}))),
         )
 
@@ -184,7 +184,7 @@ class Upcycle:
         """
         if job.options.verify is False:
             return {"verified": False, "why_not_verified": "--no-verify"}
-        source = job.parents[0].checkpoint
+        source = job.sources[0]
         if "proof" not in plan.facts["peak_memory_by_phase_bytes"]:
             needed = format_bytes(memory.proof_bytes(job, job.planned_ops()))
             why = f"the proof takes {needed} of memory; --verify does it anyway"
@@ -203,7 +203,7 @@ class Upcycle:
             **({"bf16_kl": bf16_kl(job, out.path, ctx)} if job.options.bf16_kl else {}),
             **(
                 {"losses": losses.by_domain(job, out.path, ctx)}
-                if len(job.parents) > 1 and job.options.calibration and job.predicts
+                if len(job.sources) > 1 and job.options.calibration and job.predicts
                 else {}
             ),
         }
@@ -212,8 +212,7 @@ class Upcycle:
 def bf16_kl(job: Job, written: Path, ctx: Context) -> float | None:
     """Mean KL when both models run in bfloat16, on a few tokens: information, no gate, as rounding alone makes some 1e-4.
     None where it is not finite."""
-    source = job.parents[0].checkpoint
-    found = proof.prove(source, written, seed=job.options.seed, tokens=BF16_TOKENS, dtype="bfloat16", ctx=ctx)
+    found = proof.prove(job.sources[0], written, seed=job.options.seed, tokens=BF16_TOKENS, dtype="bfloat16", ctx=ctx)
     return found.kl if math.isfinite(found.kl) else None
 
 
@@ -236,6 +235,8 @@ def why_inexact(job: Job) -> str:
     inside = options.scale == "cuberoot" or (options.scale == "split" and "gate" not in job.target.matrices)
     if inside and "down" in job.factors:
         return f"--scale {options.scale} scales inside the activation, and act(c z) is not c act(z)"
+    if job.brought is not None:
+        return rounding(job)
     if not options.norm_topk and options.router_init != "zero":
         return "--no-norm-topk makes the sum of the top-k weights depend on the router, unless --router-init zero"
     every_expert = shape.top_k == shape.experts
@@ -255,6 +256,10 @@ def rounding(job: Job) -> str:
             return f"--dtype {job.options.dtype} rounds {dtype} weights"
     held = job.target.matrices
     narrow = {written} if written else {job.parents[0].info(matrix, job.sparse[0]).dtype for matrix in held}
+    if job.brought is not None and (low := narrow & {"BF16", "F16"}):
+        return (
+            f"merged weights and routers are rounded in {min(low)}, which the adapter's are not; --dtype f32 keeps them"
+        )
     scales = [factor for matrix, factor in job.factors.items() if matrix in held and math.frexp(factor)[0] != 0.5]
     if scales and narrow & {"BF16", "F16"}:
         return (

@@ -185,6 +185,20 @@ def test_a_sixteen_bit_base_is_rounded_once_and_says_so(bases, tmp_path):
     assert torch.equal(found["model.norm.weight"], base["model.norm.weight"])
 
 
+def test_a_sixteen_bit_base_keeps_what_is_merged_in_float32(bases, tmp_path):
+    run("export", bases("llama"), tmp_path / "short", to="hf", type="bf16")
+    adapter = attach(tmp_path / "short", tmp_path / "adapter", plain="q", sites="down", experts="1")
+    done = merge(adapter, tmp_path / "out", type="f32")
+    assert done.manifest["verdicts"]["exact"]
+    agree(logits(stock(done.path)), logits(of(adapter)), logits(stock(tmp_path / "short")))
+
+
+def test_what_float16_cannot_hold_is_refused(bases, tmp_path):
+    adapter = attach(bases("llama"), tmp_path / "adapter", sites="q", experts="1", alpha=1e8)
+    with pytest.raises(BadInput, match=r"layers.\d.self_attn.q_proj.weight merged holds .* beyond the largest F16"):
+        merge(adapter, tmp_path / "out", type="f16")
+
+
 REFUSED = {
     "a router": ("mola", {}, {}, "site 'q' of layers .* depend on the token.*--expert.*upcycle"),
     "a router at ffn": ("mixlora", {}, {}, "site 'ffn' .*depend on the token.*--expert merges one.*--method lora"),

@@ -14,7 +14,7 @@ from moeforge.pipeline.artifact import Artifact
 from moeforge.testing import inprocess
 from moeforge.testing.models import FAMILIES
 from moeforge_upcycle import pairs
-from moeforge_upcycle.job import examine
+from moeforge_upcycle.dense import examine
 
 BIASED = {"attention_bias": True, "mlp_bias": True, "use_bias": True}
 

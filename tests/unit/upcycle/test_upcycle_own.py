@@ -184,7 +184,7 @@ def test_roots_and_names_are_those_that_the_runtime_finds_by_structure(variant, 
     (name,) = config["architectures"]
     model = getattr(transformers, name).from_pretrained(src)
     from moeforge.checkpoint import open_checkpoint
-    from moeforge_upcycle.job import examine
+    from moeforge_upcycle.dense import examine
 
     with open_checkpoint(str(src)) as source:
         family, settings, parent = examine(source)

@@ -328,7 +328,7 @@ def test_losses_on_every_domain_beside_those_of_the_parents(btx, parents, spoken
 
 def test_trunk_is_read_as_it_will_be_written(btx, parents):
     from moeforge.checkpoint import open_checkpoint
-    from moeforge_upcycle.job import examine
+    from moeforge_upcycle.dense import examine
     from moeforge_upcycle.methods.btx import BTX, Options
 
     made = tensors(btx(parents[0], parents[1]).path)

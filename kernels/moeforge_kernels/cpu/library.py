@@ -32,6 +32,34 @@ class Call(ctypes.Structure):
     )  # fmt: skip
 
 
+class LoraMap(ctypes.Structure):
+    """`struct LoraMap` of source/lora.h."""
+
+    _fields_ = (
+        ("base", _POINTER), ("base_row", _INTEGER), ("low", _POINTER),
+        ("b", _POINTER), ("b_expert", _INTEGER), ("b_row", _INTEGER),
+        *((f"grad_{name}", _POINTER) for name in ("base", "low", "b")),
+    )  # fmt: skip
+
+
+class LoraCall(ctypes.Structure):
+    """`struct LoraCall` of source/lora.h."""
+
+    _fields_ = (
+        *((name, _INTEGER) for name in ("T", "P", "F", "E", "r", "activation", "threads", "bf16_weights")),
+        *((name, _POINTER) for name in ("token", "weight", "offsets", "scale", "rest")),
+        ("gate", LoraMap), ("up", LoraMap),
+        ("a_down", _POINTER), ("a_expert", _INTEGER), ("a_row", _INTEGER),
+        ("mixed", _POINTER), ("low_down", _POINTER),
+        ("grad", _POINTER), ("grad_row", _INTEGER),
+        *((name, _POINTER) for name in ("grad_low_down", "grad_a", "grad_weight")),
+    )  # fmt: skip
+
+
+ENTRIES = {"forward": Call, "backward": Call, "lora_forward": LoraCall, "lora_backward": LoraCall}
+"""What `run` may be asked for -> its arguments."""
+
+
 @functools.cache
 def functions() -> ctypes.CDLL:
     """The loaded library.
@@ -43,11 +71,14 @@ def functions() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(build.library()))
     except OSError as error:
         raise build.CannotBuild(f"the compiled kernels do not load: {error}") from error
-    loaded.moeforge_call_bytes.restype = loaded.moeforge_has_bf16.restype = _INTEGER
-    for entry in (loaded.moeforge_forward, loaded.moeforge_backward):
-        entry.argtypes, entry.restype = (ctypes.POINTER(Call), _INTEGER), _INTEGER
+    for name, call in ENTRIES.items():
+        entry = getattr(loaded, f"moeforge_{name}")
+        entry.argtypes, entry.restype = (ctypes.POINTER(call), _INTEGER), _INTEGER
+    for size in (loaded.moeforge_call_bytes, loaded.moeforge_lora_call_bytes, loaded.moeforge_has_bf16):
+        size.restype = _INTEGER
     loaded.moeforge_has_bf16()  # asks the system for the tiles, before anything uses them
     assert loaded.moeforge_call_bytes() == ctypes.sizeof(Call), "Call differs from source/call.h"
+    assert loaded.moeforge_lora_call_bytes() == ctypes.sizeof(LoraCall), "LoraCall differs from source/lora.h"
     return loaded
 
 
@@ -68,12 +99,14 @@ def _lacks(bf16: bool) -> str | None:
     return None
 
 
-def run(name: str, call: Call, dtype: torch.dtype) -> None:
-    """Raises:
-    MemoryError: there was no room for scratch.
+def run(name: str, call: Call | LoraCall, dtype: torch.dtype) -> None:
+    """One of `ENTRIES`.
+
+    Raises:
+        MemoryError: there was no room for scratch.
     """
     if getattr(functions(), f"moeforge_{name}")(ctypes.byref(call), int(dtype == torch.bfloat16)):
-        raise MemoryError(f"expert_ffn: no memory for the scratch of {call.P} pairs of width {call.D}")
+        raise MemoryError(f"{name}: no memory for the scratch of {call.P} pairs in a network of width {call.F}")
 
 
 def pointer(tensor: Tensor | None) -> int | None:

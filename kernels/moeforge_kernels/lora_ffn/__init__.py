@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
+from .cpu import why_not as _cpu_lacks
 
 OP = Op(
     "lora_ffn",
+    Backend("cpu", "lora_ffn.cpu:lora_ffn", _cpu_lacks),
     Backend("blocked", "lora_ffn.blocked:lora_ffn", always),
     Backend("grouped", "lora_ffn.grouped:lora_ffn", always),
     Backend("reference", "lora_ffn.reference:lora_ffn", always),
@@ -33,15 +35,14 @@ def lora_ffn(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: T
         low_gate, low_up: [P, r], rows of pairs; None: that map has no deltas.
         b_gate, b_up: [E, F, r]. a_down: [E, r, F]. None likewise.
         scale: [E] float32, without gradient; the down-delta's is not applied here.
-        backend: default: `blocked`, or `grouped` under torch.compile.
+        backend: default: `cpu` where it can, else `blocked`, or `grouped` under torch.compile.
 
     Returns:
         mixed [T, F] in up's dtype; low_down [P, r], zero for empty pairs, or None. Differentiable in everything but scale.
 
     Raises:
-        ValueError: a backend is asked for that there is not.
+        ValueError: a backend is asked for that there is not, or that cannot run this.
     """
-    chosen = OP.choose(backend, default="grouped" if torch.compiler.is_compiling() else "blocked")
-    return chosen.function(
-        gate, up, low_gate, low_up, pairs, b_gate, b_up, a_down, scale, activation=activation, rest=rest
-    )
+    given = (gate, up, low_gate, low_up, pairs, b_gate, b_up, a_down, scale)
+    default = "grouped" if torch.compiler.is_compiling() and _cpu_lacks(*given) else None
+    return OP.choose(backend, *given, default=default).function(*given, activation=activation, rest=rest)

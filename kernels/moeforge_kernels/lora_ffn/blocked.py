@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ..activations import activation as find
 from ..pairs import Pairs
+from .share import frozen_share
 
 ROWS = 512
 """Pairs of a block: a few rows of F numbers that stay in the cache between two operations."""
-EXACT = 1e-6
-"""Weights whose sum is this close to 1 leave nothing for the frozen network: only rounding is there."""
 
 
 def lora_ffn(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Tensor | None, pairs: Pairs, b_gate: Tensor | None,
@@ -55,8 +54,8 @@ class _Blocked(torch.autograd.Function):
                 low_down[rows] = hidden @ a_down[e].T
             mixed.index_add_(0, token, hidden * weight[rows].unsqueeze(-1).to(hidden.dtype))
         if rest:
-            left = 1 - _sums(pairs, weight)
-            for token in (left.abs() > EXACT).nonzero().squeeze(-1).split(ROWS):
+            left = frozen_share(pairs, weight)
+            for token in left.nonzero().squeeze(-1).split(ROWS):
                 alone = act(up[token]) if gate is None else act(gate[token]) * up[token]
                 mixed.index_add_(0, token, alone * left[token].unsqueeze(-1).to(alone.dtype))
         ctx.save_for_backward(gate, up, low_gate, low_up, weight, b_gate, b_up, a_down, *pairs[:5])
@@ -122,16 +121,10 @@ def _ahead(
     return value if low is None or b is None else value.addmm_(low[rows], b[e].T, alpha=scales[e])
 
 
-def _sums(pairs: Pairs, weight: Tensor) -> Tensor:
-    """[T] sum of each token's weights."""
-    real = weight.masked_fill(pairs.expert == pairs.experts, 0)
-    return torch.zeros(pairs.tokens, dtype=weight.dtype, device=weight.device).index_add_(0, pairs.token, real)
-
-
 def _backward_of_rest(gate: Tensor | None, up: Tensor, weight: Tensor, pairs: Pairs, act: Any, d_mixed: Tensor, g_gate: Any, g_up: Any,
                       g_weight: Tensor) -> None:  # fmt: skip
     """The weights' gradient through 1 - sum w is there for every token, also where that is 0."""
-    left = 1 - _sums(pairs, weight)
+    left = frozen_share(pairs, weight)
     through = torch.empty(pairs.tokens, dtype=weight.dtype, device=weight.device)
     for token in torch.arange(pairs.tokens, device=up.device).split(ROWS):
         with torch.enable_grad():
@@ -140,9 +133,9 @@ def _backward_of_rest(gate: Tensor | None, up: Tensor, weight: Tensor, pairs: Pa
             alone = act(u) if g is None else act(g) * u
         got = d_mixed[token]
         through[token] = (got * alone.detach()).sum(-1, dtype=weight.dtype)
-        if bool((left[token].abs() > EXACT).any()):
-            share = left[token].masked_fill(left[token].abs() <= EXACT, 0)
-            made = torch.autograd.grad(alone, [u] if g is None else [u, g], got * share.unsqueeze(-1).to(got.dtype))
+        if bool(left[token].any()):
+            shared = got * left[token].unsqueeze(-1).to(got.dtype)
+            made = torch.autograd.grad(alone, [u] if g is None else [u, g], shared)
             g_up.index_add_(0, token, made[0])
             if g is not None:
                 g_gate.index_add_(0, token, made[1])

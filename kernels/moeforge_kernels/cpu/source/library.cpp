@@ -4,10 +4,12 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "lora_backward.h"
+#include "lora_forward.h"
 
 using namespace moeforge;
 
-template <template <class> class Pass>
+template <template <class> class Pass, class Call>
 static int64_t run(const Call& call, bool is_bf16) {
     try {
         if (!is_bf16) Pass<Float32>(call).run();
@@ -22,8 +24,9 @@ static int64_t run(const Call& call, bool is_bf16) {
 
 extern "C" {
 
-// The size of a Call, so that a mismatch with Python's idea of it is found at once.
+// The sizes of what Python passes, so that a mismatch with its idea of them is found at once.
 int64_t moeforge_call_bytes() { return sizeof(Call); }
+int64_t moeforge_lora_call_bytes() { return sizeof(LoraCall); }
 
 // Whether the bf16 kernels may run here: the compiler has AMX, and the system lets this process use it.
 int64_t moeforge_has_bf16() {
@@ -38,4 +41,6 @@ int64_t moeforge_has_bf16() {
 // 0, or 1 where memory ran out.
 int64_t moeforge_forward(const Call* call, int64_t is_bf16) { return run<Forward>(*call, is_bf16); }
 int64_t moeforge_backward(const Call* call, int64_t is_bf16) { return run<Backward>(*call, is_bf16); }
+int64_t moeforge_lora_forward(const LoraCall* call, int64_t is_bf16) { return run<LoraForward>(*call, is_bf16); }
+int64_t moeforge_lora_backward(const LoraCall* call, int64_t is_bf16) { return run<LoraBackward>(*call, is_bf16); }
 }

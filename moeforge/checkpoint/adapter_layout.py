@@ -6,7 +6,7 @@ as PEFT has it, so that plain LoRA there is what PEFT writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import BadInput
@@ -22,7 +22,51 @@ FFN_ROLES = ("gate", "up", "gate_up", "down")
 
 Maps = Mapping[tuple[str, int], LinearMap]
 Entry = Mapping[str, Any]
-"""One of `mixtures`: MixtureConfig as JSON."""
+"""One of `mixtures`: MixtureConfig as JSON, with nothing in it that :func:`complaint` finds."""
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(good, value))
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "site": (_is(str), "a name"), "layers": (_list_of(_whole(0)), "numbers of layers"), "experts": (_is(dict), "an object"),
+    "experts.type": (_is(str), "a name"), "experts.count": (_whole(1), "a positive whole number"), "experts.options": (_is(dict), "an object"),
+    "router": (_is(dict), "an object"),
+}  # fmt: skip
+OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "experts.options.rank": (_whole(1), "a positive whole number"), "experts.options.targets": (_list_of(_is(str)), "names of linear maps"),
+    "experts.options.share_a": (_is(bool), "true or false"), "experts.options.dora": (_is(bool), "true or false"),
+    "experts.options.frozen": (_is(bool), "true or false"), "router.kind": (_is(str), "a name"), "router.noise": (_is(str), "a name"),
+    "router.null_experts": (_whole(0), "a whole number"), "router.logit_bias": (_is(bool), "true or false"),
+    "router.bias": (_is(bool), "true or false"),
+}  # fmt: skip
+"""What is read here of an entry: path -> (whether a value will do, what is expected). The rest is moeforge.mixture.config's to judge."""
+
+
+def complaint(entry: Any) -> str | None:
+    """What keeps an entry from being read: key, value and what is expected of it; None where nothing does."""
+    if not isinstance(entry, dict):
+        return f" = {entry!r}: expected an object with site, layers, experts and router"
+    for path, (good, expected) in (FIELDS | OPTIONAL).items():
+        *holders, key = path.split(".")
+        place: Any = entry
+        for holder in holders:
+            place = place[holder]
+        if key not in place:
+            if path in FIELDS:
+                return f".{path} is missing: expected {expected}"
+        elif not good(place[key]):
+            return f".{path} = {place[key]!r}: expected {expected}"
+    return None
 
 
 def shapes_of(entries: Sequence[Entry], maps: Maps, ref: str) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import BadInput
-from .adapter_layout import CONFIG, FORMAT_VERSION, PEFT_TYPE, PREFIX, WEIGHTS, experts_of, shapes_of
+from .adapter_layout import CONFIG, FORMAT_VERSION, PEFT_TYPE, PREFIX, WEIGHTS, complaint, experts_of, shapes_of
 from .base import COMPRESSION, Checkpoint
 from .digest import PREFIX as DIGEST
 from .folder import Folder
@@ -27,6 +27,15 @@ from .tensor import FLOATS, Companion, Extent, TensorInfo
 KEYS = frozenset({"peft_type", "format_version", "task_type", "base_model_name_or_path", "revision", "base_model_type", "base_shapes_sha256",
                   "mixtures", "attach", "experts", "license"})  # fmt: skip
 """What adapter_config.json may hold."""
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "revision": (lambda value: value is None or isinstance(value, str), "a commit, a branch, or nothing"),
+    "attach": (lambda value: isinstance(value, dict), "an object"),
+    "experts": (
+        lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
+        "a list of objects",
+    ),
+}
+"""Of those that are not judged by what they lead to: (whether a value will do, what is expected)."""
 
 
 STEM, ONE_FILE = "adapter_model", 1 << 62
@@ -102,6 +111,12 @@ class ExpertAdapter(Checkpoint):
         if kind is not None and self.base.config.get("model_type") != kind:
             raise BadInput(
                 f"{self.ref}: made for a base of type {kind!r}, but {self.base.ref} is {self.base.config.get('model_type')!r}"
+            )
+        # each expert of a layer has a tensor at least: a count that no file could fill is told before its names are made
+        least = sum(entry["experts"]["count"] * len(entry["layers"]) for entry in self.entries)
+        if least > len(stored):
+            raise BadInput(
+                f"{self.ref}: {CONFIG} asks for {least} experts, {WEIGHTS} holds {len(stored)} tensors; the adapter is incomplete"
             )
         wanted = shapes_of(self.entries, maps, self.ref)
         for name, shape in wanted.items():
@@ -182,25 +197,16 @@ def _entries(settings: Mapping[str, Any], ref: str) -> list[dict[str, Any]]:
         )
     if unknown := sorted(set(settings) - KEYS):
         raise BadInput(f"{where}: unknown key {unknown[0]!r}; a newer moeforge may have written it")
+    for key, (good, expected) in _SETTINGS.items():
+        if key in settings and not good(settings[key]):
+            raise BadInput(f"{where}: {key} = {settings[key]!r}: expected {expected}")
     entries = settings.get("mixtures")
-    if not isinstance(entries, list) or not entries or not all(_is_entry(entry) for entry in entries):
-        raise BadInput(f"{where}: mixtures: expected a list of objects with site, layers, experts and router")
+    if not isinstance(entries, list) or not entries:
+        raise BadInput(f"{where}: mixtures = {entries!r}: expected a list of entries")
+    for number, entry in enumerate(entries):
+        if (wrong := complaint(entry)) is not None:
+            raise BadInput(f"{where}: mixtures[{number}]{wrong}")
     return entries
-
-
-def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("site"), str):
-        return False
-    layers, experts = entry.get("layers"), entry.get("experts")
-    return (
-        isinstance(layers, list)
-        and all(type(layer) is int for layer in layers)
-        and isinstance(experts, dict)
-        and type(experts.get("count")) is int
-        and isinstance(experts.get("options"), dict)
-        and type(experts["options"].get("rank", 8)) is int
-        and isinstance(entry.get("router"), dict)
-    )
 
 
 def _base_of(path: Path, settings: Mapping[str, Any], ref: str) -> str:

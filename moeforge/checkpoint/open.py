@@ -22,6 +22,7 @@ def open_checkpoint(
     dequantize: bool | None = False,
     compressed: bool = False,
     plan: Mapping[str, Any] | None = None,
+    adapters: tuple[str, ...] = (),
 ) -> Checkpoint:
     """Open a checkpoint; only headers are read.
 
@@ -35,6 +36,7 @@ def open_checkpoint(
             refuses one; None shows tensors as they are stored.
         compressed: do not refuse what `moeforge compress` wrote but show it as it is stored: for callers that run it so.
         plan: the plan of a dry run that wrote nothing (`Artifact.plan`); `ref` then only names it.
+        adapters: directories of the adapters whose base this is, so that none of them is its own.
 
     Raises:
         BadInput: there is no such checkpoint, or it is damaged, hostile, pickled or quantised.
@@ -45,7 +47,7 @@ def open_checkpoint(
 
         opened: Checkpoint = PlannedCheckpoint(plan, str(ref))
     else:
-        opened = _open_stored(str(ref), revision, allow_pickle, dequantize)
+        opened = _open_stored(str(ref), revision, allow_pickle, dequantize, adapters)
     stored_as_is = dequantize is None or (compressed and not dequantize and COMPRESSION in opened.config)
     if stored_as_is or not {"quantization_config", COMPRESSION} & opened.config.keys():
         return opened
@@ -58,7 +60,9 @@ def open_checkpoint(
         raise
 
 
-def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize: bool | None) -> Checkpoint:
+def _open_stored(
+    ref: str, revision: str | None, allow_pickle: bool, dequantize: bool | None, adapters: tuple[str, ...]
+) -> Checkpoint:
     # of os.path, as an adapter names its base as it likes: these take a name of any length and of no user
     path = Path(os.path.expanduser(ref))
     if os.path.isfile(path):
@@ -75,19 +79,20 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
         from .adapter import MergedAdapter
         from .expert_adapter import ExpertAdapter, holds_experts
 
-        if holds_experts(directory, ref):
-            return ExpertAdapter(directory, open_base=open_packed, ref=ref, revision=revision)
+        itself = os.path.realpath(directory)
+        if itself in adapters:
+            raise BadInput(
+                f"{ref}: this adapter is its own base, by way of {adapters[-1]}; name the model's checkpoint"
+            )
+        experts = holds_experts(directory, ref)
 
         def open_base(base: str, revision: str | None = None) -> Checkpoint:
-            return open_checkpoint(base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize)
+            # LoRA experts stand beside linear maps as they are, packed ones too
+            return open_checkpoint(base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize, compressed=experts,
+                                   adapters=(*adapters, itself))  # fmt: skip
 
-        return MergedAdapter(directory, open_base=open_base, ref=ref, revision=revision)
-
-    def open_packed(base: str, revision: str | None = None) -> Checkpoint:
-        # LoRA experts stand beside linear maps as they are, packed ones too
-        return open_checkpoint(
-            base, revision=revision, allow_pickle=allow_pickle, dequantize=dequantize, compressed=True
-        )
+        made = ExpertAdapter if experts else MergedAdapter
+        return made(directory, open_base=open_base, ref=ref, revision=revision)
 
     if os.path.isdir(path):
         from .directory import open_directory
@@ -99,7 +104,7 @@ def _open_stored(ref: str, revision: str | None, allow_pickle: bool, dequantize:
                 return open_adapter(path, ref)
             folder = Folder(path, ref)
             if (exported := lone_gguf(folder.names())) is not None:
-                return _open_stored(str(folder.file(exported)), revision, allow_pickle, dequantize)
+                return _open_stored(str(folder.file(exported)), revision, allow_pickle, dequantize, adapters)
         return open_directory(path, ref=ref, allow_pickle=allow_pickle)
     named = _HUB_ID.fullmatch(ref)
     if named is None:

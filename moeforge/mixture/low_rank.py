@@ -71,6 +71,9 @@ class LowRank:
         for key in ("rslora", "dora", "share_a", "frozen"):
             if type(getattr(self, key)) is not bool:
                 refuse(key, "true or false")
+        for key in ("ranks", "scales", "targets"):
+            if type(getattr(self, key)) is not tuple:
+                refuse(key, "a list")
         if self.ranks and (
             len(self.ranks) != count or any(type(r) is not int or not 0 <= r <= self.rank for r in self.ranks)
         ):
@@ -79,7 +82,7 @@ class LowRank:
             len(self.scales) != count or any(type(s) not in (int, float) or not math.isfinite(s) for s in self.scales)
         ):
             refuse("scales", f"{count} finite numbers")
-        if not self.targets or set(self.targets) - set(FFN_TARGETS):
+        if not self.targets or any(target not in FFN_TARGETS for target in self.targets):
             refuse("targets", f"some of {', '.join(FFN_TARGETS)}")
         if self.base_weight not in ("one", "paper"):
             refuse("base_weight", "'one' or 'paper'")

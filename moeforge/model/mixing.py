@@ -122,7 +122,11 @@ def stand_in(model: nn.Module, entry: MixtureConfig, site: Site) -> MixtureLayer
 def _layer(entry: MixtureConfig, site: Site) -> MixtureLayer:
     place = Place(site.width, site.out_width, {role: site.below(role) for role in site.projections},
                   any(p.transposed for p in site.projections.values()), site.root)  # fmt: skip
-    experts = experts_class(entry.experts.type).at(place, entry.experts)
+    kind = experts_class(entry.experts.type)
+    if kind.adopts and site.kind == FFN and entry.experts.width != site.ffn_width:
+        raise BadInput(f"experts of type {entry.experts.type!r} at {site.root}: width = {entry.experts.width}: they are built on the network "
+                       f"there, which is {site.ffn_width} wide")  # fmt: skip
+    experts = kind.at(place, entry.experts)
     shared = None if entry.shared is None else FeedForward.at(place, entry.shared)
     return MixtureLayer(_router(entry.router, site.width, entry.experts.count), experts, shared=shared, name=site.root)
 

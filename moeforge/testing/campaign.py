@@ -1,6 +1,7 @@
 """A campaign of damaged inputs through the real planning path: `python -m moeforge.testing.campaign --cases 12000 --cli 60`.
 
-Every case copies a sound source, damages the copy (:mod:`moeforge.testing.mutations`) and plans an upcycle of it. It must end in
+Every case copies a sound source, damages the copy (:mod:`moeforge.testing.mutations`) and plans an upcycle of it; an adapter of LoRA
+experts, which is no source of one, is loaded. It must end in
 a refusal in one line with exit code 3, or in an acceptance that is right: then every tensor can be read from below the
 directory. Nothing may be written, nothing may hang, memory may not grow, and no byte from outside may come back. The same
 seed gives the same cases.
@@ -43,11 +44,14 @@ TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "vocab_size"
 
 @dataclass(frozen=True)
 class Source:
-    """A sound source, the mutations that suit it, and the options with which it is planned."""
+    """A sound source, the mutations that suit it, the options with which it is planned, and what is done with it."""
 
     path: Path
     mutations: tuple[Mutation, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    use: Callable[[Path, dict[str, Any]], Any] = lambda copy, options: inprocess.plan(
+        "upcycle", copy, "copy", experts=2, top_k=1, **options
+    )
 
 
 @dataclass
@@ -126,6 +130,7 @@ def make_sources(where: Path) -> dict[str, Source]:
         "single": Source(dense, (*common, mutations.weights_not_finite)),
         "shards": Source(sharded, (*common, mutations.manifest_changed)),
         "adapter": Source(_adapter(where / "adapter", dense), adapter),
+        "experts": Source(_experts(where / "experts", dense), adapter, use=_load),
         "int8": Source(_int8(where / "int8", dense), common, {"dequantize": True}),
         "gguf": Source(_gguf(where / "gguf", dense), gguf),
     }
@@ -144,6 +149,25 @@ def _adapter(where: Path, base: Path) -> Path:
                 "target_modules": ["up_proj"], "use_dora": False, "fan_in_fan_out": False}  # fmt: skip
     (where / "adapter_config.json").write_text(json.dumps(settings))
     return where
+
+
+def _experts(where: Path, base: Path) -> Path:
+    """LoRA experts of several kinds, sizes and routers."""
+    from ..mixture.config import RouterConfig
+    from .adapters import lora, lora_ffn, save_adapter
+
+    cosine = RouterConfig(kind="cosine", null_experts=1)
+    entries = [
+        lora_ffn(3, (0, 1), targets=["gate", "down"]), lora("q", 2, (0,), cosine, scales=[1.0, 2.0], ranks=[3, 1]), lora("o", 1, (0, 1)),
+        lora("k", 2, (1,), share_a=True),
+    ]  # fmt: skip
+    return save_adapter(where, base, entries)
+
+
+def _load(copy: Path, options: dict[str, Any]) -> None:
+    from ..model.load import load
+
+    load(str(copy), **options)
 
 
 def _int8(where: Path, dense: Path) -> Path:
@@ -206,7 +230,7 @@ def _case(rng: random.Random, source: Source, mutation: Mutation, copy: Path) ->
     signal.signal(signal.SIGALRM, _ring)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        inprocess.plan("upcycle", copy, "copy", experts=2, top_k=1, **source.options)
+        source.use(copy, source.options)
         ended, fault = "accepted", _read_all(copy, source.options)
         if mutation is mutations.weights_not_finite:
             words = {"experts": 2, "top_k": 1, "verify": rng.random() < 0.5, **source.options}

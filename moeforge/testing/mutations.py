@@ -222,18 +222,23 @@ def _change_json(rng: Random, path: Path) -> None:
     body = json.loads(path.read_text())
     for _ in range(rng.randint(1, 2)):
         place = body
-        while inner := [value for value in place.values() if isinstance(value, dict) and value]:
-            if rng.random() < 0.5:
+        while inner := [value for _, value in _items(place) if isinstance(value, dict | list) and value]:
+            if rng.random() < 0.3:
                 break
             place = rng.choice(inner)
-        key = rng.choice(sorted(place)) if place else "x"
+        key, value = rng.choice(_items(place) or [("x", None)])
         if rng.random() < 0.2:
-            place.pop(key, None)
-        elif isinstance(place.get(key), int) and rng.random() < 0.4:
-            place[key] = rng.choice([place[key] + 1, place[key] - 1, place[key] * 2, -place[key], place[key] * 10**9])
+            place.pop(key)
+        elif isinstance(value, int) and rng.random() < 0.4:
+            place[key] = rng.choice([value + 1, value - 1, value * 2, -value, value * 10**9])
         else:
             place[key] = rng.choice(NASTY)
     path.write_text(json.dumps(body))
+
+
+def _items(place: Any) -> list[tuple[Any, Any]]:
+    """(key or position, value) of a JSON object or list."""
+    return sorted(place.items()) if isinstance(place, dict) else list(enumerate(place))
 
 
 def config_changed(rng: Random, directory: Path) -> None:

@@ -10,13 +10,13 @@ from moeforge.testing.mutations import HEADERS
 
 
 def test_every_damaged_source_is_refused_in_one_line_or_taken_rightly(tmp_path):
-    report = run_campaign(350, seed=11, where=tmp_path, by_command=2)
+    report = run_campaign(420, seed=11, where=tmp_path, by_command=2)
     assert not report.faults, report.table()
     ends = [count for count in report.outcomes.values()]
-    assert sum(count["refused"] for count in ends) > 200, "damage that nobody notices proves nothing"
-    assert {source for source, _ in report.outcomes} == {"single", "shards", "adapter", "int8", "gguf"}
+    assert sum(count["refused"] for count in ends) > 240, "damage that nobody notices proves nothing"
+    assert {source for source, _ in report.outcomes} == {"single", "shards", "adapter", "experts", "int8", "gguf"}
     assert report.by_command >= 2
-    assert report.table().splitlines()[-2].split()[:2] == ["all", "350"]
+    assert report.table().splitlines()[-2].split()[:2] == ["all", "420"]
 
 
 @pytest.fixture(scope="module")

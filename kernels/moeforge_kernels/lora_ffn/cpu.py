@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..activations import canonical
-from ..cpu import library
+from ..cpu import library, pages
 from ..pairs import Pairs
 from .share import frozen_share
 
@@ -137,7 +137,7 @@ def _forward(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: T
     call, held = _arguments(
         gate, up, low_gate, low_up, weight, b_gate, b_up, a_down, scale, share, token, offsets, activation
     )
-    mixed = torch.empty(up.shape, dtype=up.dtype)
+    mixed = pages.empty(tuple(up.shape), up.dtype)
     low_down = torch.zeros(len(token), call.r if a_down is not None else 0)
     call.mixed, call.low_down = mixed.data_ptr(), low_down.data_ptr() if a_down is not None else None
     library.run("lora_forward", call, up.dtype)
@@ -170,7 +170,7 @@ def _backward(grad: Tensor, grad_low: Tensor | None, gate: Tensor | None, up: Te
         if tensor is None or not want:
             made.append(up.new_empty(0))
         elif number < 2:
-            made.append(torch.empty(tensor.shape, dtype=tensor.dtype))
+            made.append(pages.empty(tuple(tensor.shape), tensor.dtype))
         else:
             made.append(torch.zeros(tensor.shape))
     to = [tensor.data_ptr() if tensor.numel() else None for tensor in made]

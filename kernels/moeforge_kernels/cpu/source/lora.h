@@ -50,7 +50,7 @@ struct LoraGroup {
 template <class Engine>
 struct LoraPass {
     using T = typename Engine::T;
-    static constexpr int64_t tile = 64;   // columns that are worked on at once
+    static constexpr int64_t tile = 128;  // columns that are worked on at once
     static constexpr int64_t block = 16;  // pairs, likewise
     static constexpr int64_t vecs = tile / 16;
     const LoraCall& c;
@@ -70,7 +70,7 @@ struct LoraPass {
           wide(std::max<int64_t>(1, divide_up(divide_up(c.F, tile), 32)) * tile),
           parts(divide_up(c.F, wide)) {
         // so many tokens at once that what they need of a tile stays in a second-level cache
-        const int64_t limit = std::clamp<int64_t>(c.P ? 2048 * c.T / c.P : c.T, 64, 1024);
+        const int64_t limit = std::clamp<int64_t>(c.P ? 1024 * c.T / c.P : c.T, 64, 1024);
         for (int64_t t = 0; t < c.T; t += limit) {
             LoraGroup g{t, std::min(t + limit, c.T)};
             for (int64_t e = 0; e < c.E; ++e) {
@@ -85,20 +85,35 @@ struct LoraPass {
         }
     }
 
-    // A few pairs of one expert, and the first column of their tile.
+    // The columns [at, at + tile) of F, as far as there are any.
+    struct Tile {
+        int64_t at, columns;
+        __mmask16 mask[vecs];
+    };
+    Tile tile_at(int64_t column) const {
+        Tile made{column, std::min(tile, c.F - column), {}};
+        for (int v = 0; v < vecs; ++v) made.mask[v] = first(made.columns - 16 * v);
+        return made;
+    }
+
+    // A few pairs of one expert in a tile.
     struct Few {
         const LoraGroup& g;
-        int64_t expert, at, rows, column;
+        const Tile& tile;
+        int64_t expert, at, rows;
         int64_t pair(int64_t i) const { return g.first[expert] + at + i; }
         int64_t place() const { return g.place[expert] + at; }
     };
 
     template <class F>
-    void each_few(const LoraGroup& g, int64_t e, int64_t column, F&& run) const {
-        for (int64_t at = 0; at < g.count[e]; at += block) run(Few{g, e, at, std::min(block, g.count[e] - at), column});
+    void each_few(const LoraGroup& g, const Tile& tile, int64_t e, F&& run) const {
+        for (int64_t at = 0; at < g.count[e]; at += block) run(Few{g, tile, e, at, std::min(block, g.count[e] - at)});
     }
 
-    __mmask16 here(int64_t column, int v) const { return first(c.F - column - 16 * v); }
+    // Rows lie far apart in memory, so each asks for one that comes later.
+    static void prefetch(const T* from) {
+        for (size_t line = 0; line < tile * sizeof(T); line += 64) _mm_prefetch((const char*)from + line, _MM_HINT_T0);
+    }
 
     // Rows [P, r] of a group's pairs, one expert after the other, filled up to `ranks`. Inside a parallel region, which waits at the end.
     void gather(const LoraGroup& g, const float* from, bool scaled, float* to) const {
@@ -127,19 +142,23 @@ struct LoraPass {
 
     // [rows][tile] what the activation gets; `low` as gathered, `b` turned: [ranks][tile].
     void ahead(const Few& few, const LoraMap& map, const float* low, const float* b, float* to) const {
-        const int64_t left = few.g.count[few.expert] - few.at;
+        const int64_t* token = c.token + few.pair(0);
+        const int64_t left = few.g.count[few.expert] - few.at, row = map.base_row;
+        const T* base = (const T*)map.base + few.tile.at;
         for (int64_t i = 0; i < few.rows; ++i) {
-            const T* from = (const T*)map.base + c.token[few.pair(i)] * map.base_row + few.column;
-            if (i + block < left) {
-                const char* next = (const char*)((const T*)map.base + c.token[few.pair(i + block)] * map.base_row + few.column);
-                for (size_t line = 0; line < tile * sizeof(T); line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
-            }
-            for (int v = 0; v < vecs; ++v) store(to + i * tile + 16 * v, load(from + 16 * v, here(few.column, v)));
+            if (i + block < left) prefetch(base + token[i + block] * row);
+            for (int v = 0; v < vecs; ++v) store(to + i * tile + 16 * v, load(base + token[i] * row + 16 * v, few.tile.mask[v]));
         }
         if (map.low) multiply(few.rows, tile, c.r, low + few.place() * ranks, ranks, 1, b, tile, to, tile);
     }
 
-    int64_t columns(int64_t column) const { return std::min(tile, c.F - column); }
+    // Rows of sums into columns of a matrix [T, F].
+    void write(const LoraGroup& g, const Tile& t, const float* sums, void* matrix) const {
+        T* to = (T*)matrix + g.begin * c.F + t.at;
+        for (int64_t i = 0; i < g.end - g.begin; ++i, to += c.F, sums += tile)
+            for (int v = 0; v < vecs; ++v) store(to + 16 * v, load(sums + 16 * v), t.mask[v]);
+    }
+
     Matrix b(const LoraMap& map, int64_t e, int64_t column) const {
         return Matrix{map.b, map.b_row, bool(c.bf16_weights)}.from(e * map.b_expert + column * map.b_row);
     }

@@ -8,8 +8,9 @@ template <class Engine>
 struct LoraForward : LoraPass<Engine> {
     using Base = LoraPass<Engine>;
     using Few = typename Base::Few;
+    using Tile = typename Base::Tile;
     using T = typename Base::T;
-    using Base::a, Base::b, Base::bent, Base::block, Base::c, Base::columns, Base::gated, Base::here, Base::parts, Base::ranks, Base::straight, Base::tile, Base::vecs;
+    using Base::a, Base::b, Base::bent, Base::block, Base::c, Base::gated, Base::parts, Base::ranks, Base::straight, Base::tile, Base::vecs;
     using Base::Base;
 
     struct Scratch {
@@ -37,16 +38,22 @@ struct LoraForward : LoraPass<Engine> {
     }
 
     // What the frozen network alone adds.
-    void start(const LoraGroup& g, int64_t column, const Scratch& k) const {
-        for (int64_t t = g.begin; t < g.end; ++t) {
-            float* sum = k.sum + (t - g.begin) * tile;
+    void start(const LoraGroup& g, const Tile& tile_, const Scratch& k) const {
+        constexpr int64_t soon = 8;
+        const int64_t x_row = bent.base_row, y_row = straight.base_row;
+        const T *x = (const T*)bent.base + g.begin * x_row + tile_.at, *y = (const T*)straight.base + g.begin * y_row + tile_.at;
+        float* sum = k.sum;
+        for (int64_t t = g.begin; t < g.end; ++t, x += x_row, y += y_row, sum += tile) {
             const float share = c.rest ? c.rest[t] : 0;
+            if (t + soon < g.end) {
+                this->prefetch(x + soon * x_row);
+                if (gated) this->prefetch(y + soon * y_row);
+            }
             for (int v = 0; v < vecs; ++v) {
                 vec made = set(0);
                 if (share != 0) {
-                    const int64_t at = column + 16 * v;
-                    made = activate(c.activation, load((const T*)bent.base + t * bent.base_row + at, here(column, v)));
-                    if (gated) made = _mm512_mul_ps(made, load((const T*)straight.base + t * straight.base_row + at, here(column, v)));
+                    made = activate(c.activation, load(x + 16 * v, tile_.mask[v]));
+                    if (gated) made = _mm512_mul_ps(made, load(y + 16 * v, tile_.mask[v]));
                     made = _mm512_mul_ps(made, set(share));
                 }
                 store(sum + 16 * v, made);
@@ -57,32 +64,30 @@ struct LoraForward : LoraPass<Engine> {
     void few(const Few& f, int64_t part, const Scratch& k) const {
         this->ahead(f, bent, k.low_bent, k.b_bent, k.x);
         if (gated) this->ahead(f, straight, k.low_straight, k.b_straight, k.y);
+        const int kind = c.activation;
         for (int64_t i = 0; i < f.rows; ++i) {
-            const int64_t pair = f.pair(i);
-            float* sum = k.sum + (c.token[pair] - f.g.begin) * tile;
-            const vec weight = set(c.weight[pair]);
-            for (int v = 0; v < vecs; ++v) {
-                float* x = k.x + i * tile + 16 * v;
-                vec h = activate(c.activation, load(x));
-                if (gated) h = _mm512_mul_ps(h, load(k.y + i * tile + 16 * v));
-                store(x, h);
-                store(sum + 16 * v, _mm512_fmadd_ps(weight, h, load(sum + 16 * v)));
+            float *sum = k.sum + (c.token[f.pair(i)] - f.g.begin) * tile, *x = k.x + i * tile, *y = k.y + i * tile;
+            const vec weight = set(c.weight[f.pair(i)]);
+            for (int v = 0; v < tile; v += 16) {
+                vec h = activate(kind, load(x + v));
+                if (gated) h = _mm512_mul_ps(h, load(y + v));
+                store(x + v, h);
+                store(sum + v, _mm512_fmadd_ps(weight, h, load(sum + v)));
             }
         }
         if (c.a_down) multiply(f.rows, ranks, tile, k.x, tile, 1, k.a, ranks, k.low_down + (part * this->pairs + f.place()) * ranks, ranks);
     }
 
-    void columns_of(const LoraGroup& g, int64_t part, int64_t column, const Scratch& k) const {
-        start(g, column, k);
+    void columns_of(const LoraGroup& g, int64_t part, const Tile& t, const Scratch& k) const {
+        start(g, t, k);
         for (int64_t e = 0; e < c.E; ++e) {
             if (!g.count[e]) continue;
-            if (bent.low) turn(b(bent, e, column), columns(column), c.r, k.b_bent, tile, ranks);
-            if (gated && straight.low) turn(b(straight, e, column), columns(column), c.r, k.b_straight, tile, ranks);
-            if (c.a_down) turn(a(e, column), c.r, columns(column), k.a, ranks, tile);
-            this->each_few(g, e, column, [&](const Few& f) { few(f, part, k); });
+            if (bent.low) turn(b(bent, e, t.at), t.columns, c.r, k.b_bent, tile, ranks);
+            if (gated && straight.low) turn(b(straight, e, t.at), t.columns, c.r, k.b_straight, tile, ranks);
+            if (c.a_down) turn(a(e, t.at), c.r, t.columns, k.a, ranks, tile);
+            this->each_few(g, t, e, [&](const Few& f) { few(f, part, k); });
         }
-        for (int64_t t = g.begin; t < g.end; ++t)
-            for (int v = 0; v < vecs; ++v) store((T*)c.mixed + t * c.F + column + 16 * v, load(k.sum + (t - g.begin) * tile + 16 * v), here(column, v));
+        this->write(g, t, k.sum, c.mixed);
     }
 
     void run() const {
@@ -100,7 +105,7 @@ struct LoraForward : LoraPass<Engine> {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t part = 0; part < parts; ++part) {
                     if (c.a_down) std::memset(k.low_down + part * this->pairs * ranks, 0, g.pairs * ranks * 4);
-                    for (int64_t at = part * this->wide; at < std::min((part + 1) * this->wide, c.F); at += tile) columns_of(g, part, at, k);
+                    for (int64_t at = part * this->wide; at < std::min((part + 1) * this->wide, c.F); at += tile) columns_of(g, part, this->tile_at(at), k);
                 }
                 if (c.a_down) this->scatter(g, k.low_down, false, c.low_down);
 #pragma omp barrier

@@ -24,6 +24,11 @@ KEYS = ("quantization_config", COMPRESSION)
 """Config keys that say that weights are stored as codes; the second is our own."""
 
 
+def coded_by(config: Mapping[str, Any]) -> str | None:
+    """The key that says that weights are stored as codes; None where they are plain."""
+    return next((key for key in KEYS if key in config), None)
+
+
 def wrap(checkpoint: Checkpoint, dequantize: bool | None) -> Checkpoint:
     """`checkpoint` as plain weights; unchanged when it is not quantised.
 
@@ -33,7 +38,7 @@ def wrap(checkpoint: Checkpoint, dequantize: bool | None) -> Checkpoint:
     Raises:
         BadInput: quantised, and not asked to decode, or in a way that cannot be decoded here; names the method.
     """
-    key = next((key for key in KEYS if key in checkpoint.config), None)
+    key = coded_by(checkpoint.config)
     if key is None:
         return checkpoint
     settings = checkpoint.config[key]

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.adapter_layout import maps_of, root_of, router_of
-from ..checkpoint.base import COMPRESSION, Checkpoint
+from ..checkpoint.base import Checkpoint
 from ..checkpoint.digest import PREFIX
 from ..checkpoint.expert_adapter import ExpertAdapter, plain_tensors
 from ..checkpoint.expert_names import ROUTER
 from ..checkpoint.linear_maps import linear_maps
 from ..checkpoint.lora_formats.places import places
 from ..checkpoint.low_rank import BLOCK, product_rows, whole_blocks
+from ..checkpoint.quantized import coded_by
 from ..checkpoint.tensor import NUMPY_DTYPES, Companion, Extent, TensorInfo
 from ..errors import BadInput
 from ..mixture.config import MixtureConfig
@@ -160,7 +161,7 @@ class MergedExperts(Checkpoint):
         self.ref, self.root = adapter.ref, adapter.root
         self.config: dict[str, Any] = dict(adapter.base.config)
         self.tensors: Mapping[str, TensorInfo] = adapter.base.tensors
-        coded = next((key for key in (COMPRESSION, "quantization_config") if self.config.get(key)), None)
+        coded = coded_by(self.config)
         if coded is not None:
             raise BadInput(f"{self.ref}: the weights of the base {adapter.base.ref} are codes ({coded}), to which nothing can be added; "
                            "pass --dequantize")  # fmt: skip

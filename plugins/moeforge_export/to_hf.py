@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.companions import write_companions
+from moeforge.checkpoint.expert_adapter import ExpertAdapter
 from moeforge.checkpoint.ops import Input, TensorOp
+from moeforge.checkpoint.quantized import coded_by
 from moeforge.checkpoint.tensor import FLOATS
 from moeforge.checkpoint.writer import plan_shards, write_checkpoint
+from moeforge.errors import BadInput
 from moeforge.options import format_bytes
 from moeforge.pipeline.artifact import Plan
 from moeforge.pipeline.context import Context
@@ -40,7 +43,14 @@ class Work:
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """Headers in, plan out."""
+    """Headers in, plan out.
+
+    Raises:
+        BadInput: an adapter of LoRA experts beside weights that are stored as codes.
+    """
+    if isinstance(checkpoint, ExpertAdapter) and (key := coded_by(checkpoint.base.config)) is not None:
+        raise BadInput(f"{checkpoint.ref}: the weights of the base {checkpoint.base.ref} are codes ({key}), and a checkpoint with mixtures holds plain "
+                       "ones; pass --dequantize")  # fmt: skip
     dtype = DTYPES.get(options.type)
     ops = [_op(checkpoint, name, dtype) for name in checkpoint.tensors]
     outputs = [info for op in ops for info in op.outputs]

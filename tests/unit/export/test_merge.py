@@ -1,6 +1,7 @@
 """Adapters of LoRA experts as dense checkpoints: the function where weights are constant, one expert where they are not, a refusal
 with what to do instead; and the nearest plain LoRA, with the error that it says."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -197,6 +198,20 @@ def test_what_float16_cannot_hold_is_refused(bases, tmp_path):
     adapter = attach(bases("llama"), tmp_path / "adapter", sites="q", experts="1", alpha=1e8)
     with pytest.raises(BadInput, match=r"layers.\d.self_attn.q_proj.weight merged holds .* beyond the largest F16"):
         merge(adapter, tmp_path / "out", type="f16")
+
+
+@pytest.mark.parametrize("more", [{}, {"merge": True}, {"merge": True, "expert": "1"}])
+def test_a_packed_base_is_decoded_only_if_asked(more, bases, tmp_path):
+    run("compress", bases("llama"), tmp_path / "packed", method="nf4")
+    routed = {"method": "mixlora", "experts": "2"} if "expert" in more else {"sites": "q", "experts": "1"}
+    adapter = attach(tmp_path / "packed", tmp_path / "adapter", **routed)
+    with pytest.raises(BadInput, match=r"the base .*packed are codes \(quantization_config\).*--dequantize"):
+        plan("export", adapter, to="hf", **more)
+    done = run("export", adapter, tmp_path / "out", to="hf", dequantize=True, **more)
+    model = of(adapter)
+    with forced(model, 1) if "expert" in more else contextlib.nullcontext():
+        wanted = logits(model)
+    agree(logits(of(done.path)), wanted, logits(of(tmp_path / "packed")))
 
 
 REFUSED = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..checkpoint import open_checkpoint
 from ..checkpoint.adapter_layout import CONFIG, FORMAT_VERSION, PEFT_TYPE, PREFIX, WEIGHTS, maps_of, root_of, shapes_of
 from ..checkpoint.expert_adapter import plain_tensors, shapes_digest
 from ..checkpoint.expert_names import dense_name
-from ..checkpoint.linear_maps import linear_maps
+from ..checkpoint.linear_maps import LinearMap, linear_maps
 from ..checkpoint.quantized import wrap
 from ..mixture.config import ExpertsConfig, MixtureConfig, RouterConfig
 
@@ -30,9 +30,8 @@ def lora(site: str, count: int, layers: Sequence[int], router: RouterConfig = TO
 
 
 def lora_ffn(count: int, layers: Sequence[int], router: RouterConfig = TOP_2, **options: Any) -> MixtureConfig:
-    """LoRA experts inside the FFN of each layer; its width and activation are left for the model to say. `gated`, `bias`: of that FFN."""
-    shape = {key: options.pop(key) for key in ("gated", "bias") if key in options}
-    experts = ExpertsConfig(type="lora_ffn", count=count, options={"rank": 3, "alpha": 6.0, **options}, **shape)
+    """LoRA experts inside the FFN of each layer, whatever its shape."""
+    experts = ExpertsConfig(type="lora_ffn", count=count, options={"rank": 3, "alpha": 6.0, **options})
     return MixtureConfig(site="ffn", layers=tuple(layers), experts=experts, router=router)
 
 
@@ -53,10 +52,10 @@ def save_adapter(
         dtype: of its tensors.
         settings: keys of adapter_config.json to set otherwise.
     """
-    raw = [entry.as_json() for entry in entries]
     with open_checkpoint(str(base), compressed=True) as source:
         plain = plain_tensors(source)
         maps = linear_maps(source.config, plain, source.ref)
+        raw = [_whole(entry, maps) for entry in entries]
         shapes = shapes_of(raw, maps, str(directory))
         generator = np.random.default_rng(seed)
         values = {name: _value(name, shape, generator, scatter) for name, shape in shapes.items()}
@@ -84,6 +83,15 @@ def save_adapter(
     (directory / CONFIG).write_text(json.dumps(config | settings))
     save_file({f"{PREFIX}{name}": value.astype(dtype) for name, value in values.items()}, directory / WEIGHTS)
     return directory
+
+
+def _whole(entry: MixtureConfig, maps: Mapping[tuple[str, int], LinearMap]) -> dict[str, Any]:
+    """The entry with the shape of its network filled in, as it stands in an adapter."""
+    raw, layer = entry.as_json(), entry.layers[0]
+    if entry.site == "ffn":
+        down, gated = maps["down", layer], not {("gate", layer), ("gate_up", layer)}.isdisjoint(maps)
+        raw["experts"] |= {"width": down.inputs, "bias": down.bias, "gated": gated}
+    return raw
 
 
 def _value(name: str, shape: tuple[int, ...], generator: np.random.Generator, scatter: float) -> np.ndarray:

@@ -221,7 +221,7 @@ def _change_json(rng: Random, path: Path) -> None:
         return
     body = json.loads(path.read_text())
     for _ in range(rng.randint(1, 2)):
-        place = body
+        place: Any = body
         while inner := [value for _, value in _items(place) if isinstance(value, dict | list) and value]:
             if rng.random() < 0.3:
                 break

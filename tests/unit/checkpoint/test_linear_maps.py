@@ -93,8 +93,7 @@ def fits(path, entries):
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_router_is_planned_as_it_is_built(family, router, saved):
-    gated = {"gated": family == "llama", "bias": family != "llama"}
-    planned = fits(saved(family), [lora_ffn(3, (0, 2), ROUTERS[router], **gated), lora("o", 2, (1,), ROUTERS[router])])
+    planned = fits(saved(family), [lora_ffn(3, (0, 2), ROUTERS[router]), lora("o", 2, (1,), ROUTERS[router])])
     assert any(".router." in name for name in planned) is (router not in ("label", "random"))
 
 
@@ -110,8 +109,7 @@ def test_every_site_is_planned_as_it_is_built(family, saved):
     ]  # fmt: skip
     assert len(fits(saved(family), entries)) >= 2 * len(roles)
     if ("down", 0) in maps:
-        shape = {"gated": bool({"gate", "gate_up"} & set(roles)), "bias": maps["down", 0].bias}
-        fits(saved(family), [lora_ffn(2, (0,), dora=True, **shape), lora_ffn(3, (1,), targets=["down"], **shape)])
+        fits(saved(family), [lora_ffn(2, (0,), dora=True), lora_ffn(3, (1,), targets=["down"])])
 
 
 def test_what_the_base_does_not_have(saved):

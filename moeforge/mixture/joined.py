@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeforge_kernels.pairs import pairs_from_slots
+from moeforge_kernels.pairs import Pairs, pairs_from_slots
 
 from ..errors import BadInput
 from .config import RouterConfig
@@ -86,6 +86,10 @@ class Joined(nn.Module):
         table = torch.full((len(found), numbers + 2), -1)
         for row, part in zip(table, found, strict=True):
             part.router.check(part.experts)
+            if part.router.select == "expert_choice":
+                raise BadInput(
+                    "router: options.parts: select = 'expert_choice': experts would choose among the tokens of all adapters"
+                )
             self.parts.append(Router(part.router, width, part.experts))
             row[torch.tensor(part.owners) + 1] = torch.arange(len(part.owners))
         # the first and the last column are for labels that nobody owns
@@ -112,20 +116,25 @@ class Joined(nn.Module):
                 f"router: a forced route, {force!r}, among the experts of several adapters; load the adapter by itself"
             )
         column = (labels.long() + 1).clamp(0, self.table.shape[1] - 1)
-        found: list[tuple[Tensor, Tensor]] = []
-        for own, part, shift in zip(self.table, self.parts, self.shifts, strict=True):
+        lists: list[Pairs] = []
+        for own, part in zip(self.table, self.parts, strict=True):
             local = own[column]
             mine = local >= 0 if real is None else (local >= 0) & real
-            pairs = part(x, real=mine, labels=local).pairs
-            expert, weight = (flat.view(len(x), -1) for flat in pairs.token_order())
-            found.append(((expert + shift).masked_fill(expert == pairs.experts, self.experts), weight))
-        # a token has experts in one part only: empty slots hold the largest number and no weight
-        slots = max(expert.shape[1] for expert, _ in found)
-        index = torch.stack(
-            [F.pad(expert, (0, slots - expert.shape[1]), value=self.experts) for expert, _ in found]
-        ).amin(0)
-        weight = torch.stack([F.pad(weight, (0, slots - weight.shape[1])) for _, weight in found]).sum(0)
-        return Routing(pairs_from_slots(index, weight, self.experts), None, None, real)
+            lists.append(part(x, real=mine, labels=local).pairs)
+        return Routing(lists[0] if len(lists) == 1 else self._one(lists), None, None, real)
+
+    def _one(self, lists: Sequence[Pairs]) -> Pairs:
+        """The lists of all parts as one; a token has experts in one part only."""
+        slots = [pairs.slots or 0 for pairs in lists]
+        indices, weights = [], []
+        for pairs, shift, own in zip(lists, self.shifts, slots, strict=True):
+            expert, weight = (flat.view(pairs.tokens, own) for flat in pairs.token_order())
+            missing = (0, max(slots) - own)
+            expert = (expert + shift).masked_fill(expert == pairs.experts, self.experts)
+            indices.append(F.pad(expert, missing, value=self.experts))
+            weights.append(F.pad(weight, missing))
+        # empty slots hold the largest number and no weight
+        return pairs_from_slots(torch.stack(indices).amin(0), torch.stack(weights).sum(0), self.experts)
 
     def extra_repr(self) -> str:
         return f"{self.table.shape[1] - 2} adapters, {self.experts} experts"

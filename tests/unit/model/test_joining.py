@@ -231,3 +231,13 @@ def test_the_parts_of_a_router_must_have_the_experts_of_the_mixture():
         Joined(config, 4, 6)
     with pytest.raises(BadInput, match="expected objects with owners, counts and router"):
         Joined(RouterConfig(kind="joined", select="all", options={"parts": [{"owners": [0]}]}), 4, 1)
+    choosing = RouterConfig(select="expert_choice", top_k=1, causal=False)
+    with pytest.raises(BadInput, match="'expert_choice': experts would choose among the tokens of all adapters"):
+        Joined(joined_config([Part((0,), (2,), choosing)]), 4, 2)
+
+
+def test_no_tokens_are_joined_too():
+    parts = [Part((0,), (2,), RouterConfig()), Part((1,), (1,), RouterConfig(kind="label", select="fixed"))]
+    router = Joined(joined_config(parts), 4, 3)
+    pairs = router(torch.empty(0, 4), labels=torch.empty(0, dtype=torch.long)).pairs
+    assert pairs.tokens == 0 and pairs.experts == 3 and pairs.slots == 2

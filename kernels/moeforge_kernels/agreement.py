@@ -20,6 +20,9 @@ from .expert_ffn import OP as EXPERT_FFN
 from .expert_gemv import OP as EXPERT_GEMV
 from .expert_gemv import TOKENS
 from .grouped_gemm import OP as GROUPED_GEMM
+from .lora_experts import OP as LORA_EXPERTS
+from .lora_experts import SHRINK as LORA_SHRINK
+from .lora_ffn import OP as LORA_FFN
 from .pairs import Pairs, pairs_from_experts, pairs_from_slots
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -84,10 +87,12 @@ def _tensor(*shape: int, generator: torch.Generator, view: bool) -> Tensor:
     return torch.randn(shape, generator=generator).mul(scale)
 
 
+def _pairs_of(case: Case) -> int:
+    return case.experts * case.slots if case.pattern == "choice" else case.tokens * case.slots
+
+
 def _gemm(case: Case, make: Callable[..., Tensor], gather: bool, bias: bool) -> tuple[dict[str, Tensor], Call]:
-    rows = (
-        case.tokens if gather else case.experts * case.slots if case.pattern == "choice" else case.tokens * case.slots
-    )
+    rows = case.tokens if gather else _pairs_of(case)
     tensors = {"x": make(rows, case.width), "weight": make(case.experts, case.ffn, case.width)}
     if bias:
         tensors["bias"] = make(case.experts, case.ffn)
@@ -132,8 +137,50 @@ def _gemv(
 
 
 def _combine(case: Case, make: Callable[..., Tensor]) -> tuple[dict[str, Tensor], Call]:
-    rows = case.experts * case.slots if case.pattern == "choice" else case.tokens * case.slots
-    return {"y": make(rows, case.width)}, lambda run, t, pairs: run(t["y"], pairs)
+    return {"y": make(_pairs_of(case), case.width)}, lambda run, t, pairs: run(t["y"], pairs)
+
+
+def _scales(like: Tensor, experts: int) -> Tensor:
+    return torch.linspace(0.5, 2, experts, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _lora(case: Case, make: Callable[..., Tensor], share_a: bool) -> tuple[dict[str, Tensor], Call]:
+    rank = case.slots + 4
+    tensors = {"x": make(case.tokens, case.width), "lora_a": make(1 if share_a else case.experts, rank, case.width)}
+    tensors["lora_b"] = make(case.experts, case.ffn, rank)
+
+    def call(run: Run, t: dict[str, Tensor], pairs: Pairs) -> Tensor:
+        return run(t["x"], pairs, t["lora_a"], t["lora_b"], _scales(t["x"], case.experts))
+
+    return tensors, call
+
+
+def _shrink(case: Case, make: Callable[..., Tensor]) -> tuple[dict[str, Tensor], Call]:
+    tensors = {"x": make(case.tokens, case.width), "lora_a": make(case.experts, case.slots + 4, case.width)}
+    return tensors, lambda run, t, pairs: run(t["x"], pairs, t["lora_a"])
+
+
+def _lora_ffn(case: Case, make: Callable[..., Tensor], gated: bool, rest: bool) -> tuple[dict[str, Tensor], Call]:
+    rank, pairs = case.slots + 4, _pairs_of(case)
+    tensors = {
+        "up": make(case.tokens, case.ffn),
+        "low_up": make(pairs, rank),
+        "b_up": make(case.experts, case.ffn, rank),
+    }
+    if gated:
+        tensors |= {
+            "gate": make(case.tokens, case.ffn),
+            "low_gate": make(pairs, rank),
+            "b_gate": make(case.experts, case.ffn, rank),
+        }
+    tensors["a_down"] = make(case.experts, rank, case.ffn)
+
+    def call(run: Run, t: dict[str, Tensor], pairs: Pairs) -> Any:
+        made = run(t.get("gate"), t["up"], t.get("low_gate"), t["low_up"], pairs, t.get("b_gate"), t["b_up"], t["a_down"],
+                   _scales(t["up"], case.experts), activation="silu", rest=rest)  # fmt: skip
+        return torch.cat([part.flatten() for part in made]) if isinstance(made, tuple) else made
+
+    return tensors, call
 
 
 Run = Callable[..., Any]
@@ -147,6 +194,11 @@ VARIANTS: dict[str, Variant] = {
     "expert_ffn": (EXPERT_FFN, lambda case, make: _ffn(case, make, "silu", True, False)),
     "expert_ffn, gelu, bias": (EXPERT_FFN, lambda case, make: _ffn(case, make, "gelu", True, True)),
     "expert_ffn, plain relu2, bias": (EXPERT_FFN, lambda case, make: _ffn(case, make, "relu2", False, True)),
+    "lora_experts": (LORA_EXPERTS, lambda case, make: _lora(case, make, False)),
+    "lora_experts, one A": (LORA_EXPERTS, lambda case, make: _lora(case, make, True)),
+    "lora_shrink": (LORA_SHRINK, _shrink),
+    "lora_ffn": (LORA_FFN, lambda case, make: _lora_ffn(case, make, True, True)),
+    "lora_ffn, plain, no rest": (LORA_FFN, lambda case, make: _lora_ffn(case, make, False, False)),
     "expert_gemv": (EXPERT_GEMV, lambda case, make: _gemv(case, make, "silu", True, False)),
     "expert_gemv, plain gelu, bias": (EXPERT_GEMV, lambda case, make: _gemv(case, make, "gelu_new", False, True)),
 }
@@ -154,6 +206,12 @@ VARIANTS: dict[str, Variant] = {
 
 for _name in sorted({canonical(name) for name in CANONICAL}):
     VARIANTS[f"activation {_name}"] = (EXPERT_FFN, functools.partial(_ffn, activation=_name, gated=True, bias=False))
+
+
+ROWS = ("x", "y", "low_gate", "low_up")
+"""Tensors that may have a row for every pair: those of empty ones are not to be read."""
+WEIGHTED = {"y", "up", "lora_b"}
+"""Who takes one of these uses the pairs' weights."""
 
 
 def errors(
@@ -175,7 +233,7 @@ def errors(
     weight = pairs.weight.to(torch.promote_types(dtype, torch.float32))
     real = int(pairs.offsets[-1])
     for name, tensor in given.items():
-        if len(tensor) == len(pairs.token) and name in ("x", "y") and len(tensor) != pairs.tokens:
+        if len(tensor) == len(pairs.token) and name in ROWS and len(tensor) != pairs.tokens:
             tensor[real:] = torch.nan
     here = _moved(pairs._replace(weight=weight), device)
     chosen = op.backends[backend]
@@ -214,7 +272,7 @@ def _run(run: Run, call: Call, tensors: dict[str, Tensor], pairs: Pairs, seeds: 
     out = call(run, leaves, pairs._replace(weight=weight))
     if not out.requires_grad:
         return {"out": out}
-    wanted = leaves | ({"weight of pairs": weight} if "y" in leaves or "up" in leaves else {})
+    wanted = leaves | ({"weight of pairs": weight} if leaves.keys() & WEIGHTED else {})
     grads = torch.autograd.grad(out, list(wanted.values()), seeds)
     return {"out": out.detach()} | dict(zip(wanted, grads, strict=True))
 
@@ -222,7 +280,7 @@ def _run(run: Run, call: Call, tensors: dict[str, Tensor], pairs: Pairs, seeds: 
 def _distance(found: Tensor, true: Tensor, name: str, real: int, given: dict[str, Any]) -> float:
     if found.shape != true.shape:
         return float("inf")
-    if name in ("x", "y") and given[name].shape[0] > real and torch.isnan(given[name]).any():
+    if name in ROWS and given[name].shape[0] > real and torch.isnan(given[name]).any():
         found, true = found[:real], true[:real]  # nobody asks for a gradient of rows that are not looked at
     if not true.numel():
         return 0.0

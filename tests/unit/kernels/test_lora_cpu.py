@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moeforge_kernels import agreement
 from moeforge_kernels.activations import FUNCTIONS
 from moeforge_kernels.cpu import library
 from moeforge_kernels.lora_ffn import OP, lora_ffn
@@ -11,7 +12,7 @@ from moeforge_kernels.pairs import pairs_from_experts, pairs_from_slots
 DTYPES = [dtype for dtype in library.DTYPES if library.lacks(dtype == torch.bfloat16) is None]
 compiled = pytest.mark.skipif(not DTYPES, reason=f"no compiled kernels here: {library.lacks(False)}")
 in_both = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+LIMITS = agreement.LIMITS
 NAMES = ("gate", "up", "low_gate", "low_up", "b_gate", "b_up", "a_down", "weight")
 SHAPES = {
     "part of a tile": (13, 5, 2, 3, 19),
@@ -89,6 +90,16 @@ def check(found, true, limit):
 def test_it_agrees_with_the_reference(shape, rest, dtype):
     index, given = tensors(SHAPES[shape], dtype, sums_to_one=shape == "several tiles and blocks")
     check(run(index, given, "cpu", rest=rest), run(index, wide(given), "reference", rest=rest), LIMITS[dtype])
+
+
+@compiled
+@in_both
+@pytest.mark.parametrize("variant", [name for name, (op, _) in agreement.VARIANTS.items() if op is OP])
+def test_it_agrees_on_the_cases_of_every_op(variant, dtype):
+    for seed, case in enumerate(agreement.CASES):
+        found = agreement.errors(variant, "cpu", dtype, case, seed=seed)
+        assert not isinstance(found, str), found
+        assert max(found.values()) <= LIMITS[dtype], (case, found)
 
 
 @compiled

@@ -31,12 +31,17 @@ def why_not(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Te
                 return f"{name} is on {tensor.device.type}"
             if tensor.dtype not in library.DTYPES or tensor.dtype != like.dtype:
                 return f"it reads float32 or bfloat16, {' and '.join(given)} alike; {name} is {tensor.dtype}, {first} {like.dtype}"
+    if (reason := unlike_ranks(low_gate, low_up, a_down)) is not None:
+        return reason
+    return library.lacks(any(t is not None and t.dtype == torch.bfloat16 for t in (*bases.values(), *weights.values())))
+
+
+def unlike_ranks(low_gate: Tensor | None, low_up: Tensor | None, a_down: Tensor | None) -> str | None:
+    """The same where maps have different ranks, which the fused kernels do not take."""
     ranks = {tensor.shape[-1] for tensor in (low_gate, low_up) if tensor is not None}
     if a_down is not None:
         ranks.add(a_down.shape[1])
-    if len(ranks) > 1:
-        return f"it has one rank for all maps; here are {', '.join(map(str, sorted(ranks)))}"
-    return library.lacks(any(t is not None and t.dtype == torch.bfloat16 for t in (*bases.values(), *weights.values())))
+    return f"it has one rank for all maps; here are {', '.join(map(str, sorted(ranks)))}" if len(ranks) > 1 else None
 
 
 def lora_ffn(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Tensor | None, pairs: Pairs, b_gate: Tensor | None,
@@ -67,10 +72,9 @@ class _LoraFFN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_low: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         run: Any = torch.ops.moeforge.cpu_lora_ffn_backward if torch.compiler.is_compiling() else _backward
         wanted = list(ctx.needs_input_grad[:8])
-        up = ctx.saved_tensors[1]
-        made = run(
-            up.new_zeros(up.shape) if grad is None else grad, grad_low, *ctx.saved_tensors, ctx.activation, wanted
-        )
+        saved = ctx.saved_tensors  # once: recomputed activations may not be asked for twice
+        up = saved[1]
+        made = run(up.new_zeros(up.shape) if grad is None else grad, grad_low, *saved, ctx.activation, wanted)
         return *(tensor if want else None for tensor, want in zip(made, wanted, strict=True)), *[None] * 5
 
 

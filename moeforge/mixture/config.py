@@ -29,7 +29,10 @@ class RouterConfig:
     expert that every token visits, without logits. joined: the routers of several adapters (moeforge.mixture.joined)."""
     select: Select = "topk"
     top_k: int = 2
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sparsegen"] = "softmax"
+    """sparsegen: sums to 1 like softmax, with exact zeros, so that threshold 0 takes as many experts as a token needs."""
+    sparsity: float = 0.0
+    """Of sparsegen: the higher, below 1, the fewer experts; 0 is sparsemax."""
     order: Literal["score_select", "select_score"] = "score_select"
     """Score all experts and choose among the scores, or choose among the logits and score the chosen."""
     renormalise: bool = True
@@ -113,6 +116,12 @@ class RouterConfig:
             refuse("select", f"a fixed choice is that of kind 'label' and its only one; kind = {self.kind!r}")
         if self.kind == "label" and (policies != {"fixed"} or self.by_label):
             refuse("kind", "a label is the choice itself: select = 'fixed', no train_select, no by_label")
+        if self.score == "sparsegen" and self.order == "select_score":
+            refuse("order", "sparsegen scores all experts together: score_select")
+        if self.sparsity and self.score != "sparsegen":
+            refuse("sparsity", f"belongs to score = 'sparsegen', not {self.score!r}")
+        if not self.sparsity < 1:
+            refuse("sparsity", "must be below 1")
         if self.groups < 1 or total % self.groups:
             refuse("groups", f"must divide the number of experts, {total}")
         if not 1 <= self.top_groups <= self.groups:

@@ -91,7 +91,7 @@ class Router(nn.Module):
         real, allowed = self._eligible(x, real, labels)
         if allowed is not None:
             logits, seen = logits.masked_fill(~allowed, select.NEVER), seen.masked_fill(~allowed, select.NEVER)
-        probabilities = select.score(seen, config.score)
+        probabilities = select.score(seen, config.score, config.sparsity)
         if policy == "expert_choice":
             pairs = self._experts_choose(probabilities, real, allowed)
         else:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 NEVER = float("-inf")
 GateScale = Literal["prob", "none", "straight_through"]
-Score = Literal["softmax", "sigmoid"]
+Score = Literal["softmax", "sigmoid", "sparsegen"]
 
 
 def best(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -31,9 +31,28 @@ def best(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ordered[..., :k], index[..., :k]
 
 
-def score(logits: Tensor, kind: Score) -> Tensor:
-    """[T, E] -> [T, E]; 0 where a logit is -inf."""
+def score(logits: Tensor, kind: Score, sparsity: float = 0.0) -> Tensor:
+    """[T, E] -> [T, E]; 0 where a logit is -inf. `sparsity` is for :func:`sparsegen` only."""
+    if kind == "sparsegen":
+        return sparsegen(logits, sparsity)
     return logits.softmax(-1) if kind == "softmax" else logits.sigmoid()
+
+
+def sparsegen(logits: Tensor, sparsity: float) -> Tensor:
+    """The point of the simplex that is nearest to the logits, most of its corners at exactly 0: ((z - tau) / (1 - sparsity))_+ with
+    the tau at which they sum to 1 (sparsegen-lin, arXiv:1810.11975, equation 10; 0 is sparsemax, arXiv:1602.02068; as a router LD-MoLE,
+    arXiv:2509.25684).
+
+    Args:
+        logits: [T, E].
+        sparsity: below 1; the higher, the fewer are not 0.
+    """
+    ordered = logits.sort(-1, descending=True).values
+    summed = ordered.cumsum(-1)
+    count = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    support = (1 - sparsity + count * ordered > summed).sum(-1, keepdim=True)
+    tau = (summed.gather(-1, support - 1) - (1 - sparsity)) / support
+    return ((logits - tau) / (1 - sparsity)).clamp_min(0)
 
 
 def limit_to_groups(preference: Tensor, groups: int, top_groups: int) -> Tensor:

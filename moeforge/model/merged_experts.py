@@ -138,7 +138,7 @@ def constant(entry: MixtureConfig) -> bool:
         return False  # the weights depend on other tokens, or on labels
     if router.kind in ("static", "random"):
         return True
-    sure = router.score == "softmax" or router.renormalise or router.gate_scale != "prob"
+    sure = router.score != "sigmoid" or router.renormalise or router.gate_scale != "prob"
     return entry.experts.count == 1 and router.null_experts == 0 and router.select != "threshold" and sure
 
 

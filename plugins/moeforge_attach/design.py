@@ -88,6 +88,8 @@ def settle(design: Design, options: Options) -> Design:
             router["top_p"] = options.top_p
         if select == "threshold":
             router |= {"threshold": options.threshold, "fallback": "argmax"}
+        if select == "sparsegen":
+            router |= {"select": "threshold", "threshold": 0.0, "score": "sparsegen", "sparsity": options.sparsity}
         if options.jitter:
             router |= {"noise": "jitter", "noise_scale": options.jitter}
     if design.share_a and options.dora:

@@ -28,11 +28,13 @@ class Options(Decoding):
     )
     layers: str = opt("layers that get experts: all, or a list such as 0,3,5-7", default="all")
     top_k: int | None = opt("experts that a token visits", default=None, min=1)
-    select: Literal["topk", "topp", "threshold", "all", "label"] | None = opt(
-        "how they are chosen; label: each token's label is its expert", default=None
+    select: Literal["topk", "topp", "threshold", "sparsegen", "all", "label"] | None = opt(
+        "how they are chosen; sparsegen: all that a sparse projection of the logits leaves; label: each token's label is its expert",
+        default=None,
     )
     top_p: float = opt("share of probability, for --select topp", default=0.8, min=0, max=1)
     threshold: float = opt("least probability, for --select threshold", default=0.0, min=0, max=1)
+    sparsity: float = opt("for --select sparsegen: the higher, the fewer experts", default=0.0, max=0.99)
     train_select: Literal["all"] | None = opt("another choice in training: all experts, weighted", default=None)
     router: Literal["linear", "cosine", "static"] = opt("where logits come from", default="linear")
     renormalise: bool | None = opt("make the chosen weights sum to one", default=None)

@@ -36,7 +36,7 @@ def peft(adapter: Adapter) -> tuple[list[Package], list[str]]:
                 adapter.refuse(
                     f"router.{field} of site {entry.site}", getattr(router, field), "adds a LoRA with weight 1"
                 )
-        if router.score != "softmax" and not router.renormalise and router.gate_scale == "prob":
+        if router.score == "sigmoid" and not router.renormalise and router.gate_scale == "prob":
             adapter.refuse(
                 f"router.score of site {entry.site}", router.score, "adds a LoRA with weight 1, and this is less"
             )

@@ -25,6 +25,7 @@ from ..recipe import Brought, ExpertRecipe, Layer, LayerRecipe, MixtureShape
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kind": ("linear",),
     "select": ("topk", "all"),
+    "score": ("softmax", "sigmoid"),
     "factor": (1.0,),
     "capacity_factor": (None,),
     "groups": (1,),

@@ -20,7 +20,7 @@ from moeforge_attach.methods.mola import MoLA
 from moeforge_attach.options import Options
 
 METHODS = ("mixlora", "mola", "llava-mole", "lora-mixer", "custom")
-FLOATS = ("top_p", "threshold", "jitter", "temperature", "dropout")
+FLOATS = ("top_p", "threshold", "sparsity", "jitter", "temperature", "dropout")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "gpt2")
 
 
@@ -118,7 +118,7 @@ def test_experts_by_layer_and_single_experts_are_plain(base, tmp_path):
 
 
 @pytest.mark.parametrize("policy", [
-    ("--select", "topp", "--top-p", "0.4"), ("--select", "threshold", "--threshold", "0.2"), ("--select", "all"), ("--select", "label"),
+    ("--select", "topp", "--top-p", "0.4"), ("--select", "threshold", "--threshold", "0.2"), ("--select", "sparsegen", "--sparsity", "0.4"), ("--select", "all"), ("--select", "label"),
     ("--top-k", "1", "--gate-scale", "prob", "--no-renormalise"), ("--router", "cosine"), ("--router", "static"), ("--null-experts", "2"),
     ("--jitter", "0.1"), ("--temperature", "2"), ("--dora",), ("--rslora",), ("--dropout", "0.1"), ("--base-weight", "paper"),
     ("--router-init", "zero"), ("--experts", "3", "--top-k", "3"),

@@ -28,7 +28,18 @@ def softmax(values):
 def scored(config, logits):
     if config.score == "softmax":
         return softmax(logits)
+    if config.score == "sparsegen":
+        return projected(logits, config.sparsity)
     return [1 / (1 + math.exp(-v)) if v > -math.inf else 0.0 for v in logits]
+
+
+def projected(logits, sparsity):
+    """The tau at which the parts above it sum to 1 - sparsity, by halving."""
+    low, high = min(v for v in logits if v > -math.inf) - 1, max(logits)
+    for _ in range(200):
+        tau = (low + high) / 2
+        low, high = (tau, high) if sum(max(v - tau, 0.0) for v in logits) > 1 - sparsity else (low, tau)
+    return [max(v - low, 0.0) / (1 - sparsity) for v in logits]
 
 
 def group_of(config, expert):
@@ -151,6 +162,10 @@ POLICIES = {
     "threshold": {"select": "threshold", "threshold": 0.6, "score": "sigmoid", "renormalise": False},
     "threshold, fallback": {"select": "threshold", "threshold": 0.7, "score": "sigmoid", "fallback": "argmax"},
     "threshold on logits": {"select": "threshold", "threshold": 0.5, "order": "select_score"},
+    "sparsemax": {"select": "threshold", "score": "sparsegen", "renormalise": False},
+    "sparsegen": {"select": "threshold", "score": "sparsegen", "sparsity": 0.6, "renormalise": False},
+    "sparsegen, dense, top 2": {"top_k": 2, "score": "sparsegen", "sparsity": -3.0, "null_experts": 1},
+    "sparsegen by label": {"select": "threshold", "score": "sparsegen", "by_label": True},
     "all": {"select": "all"},
     "all, sigmoid": {"select": "all", "score": "sigmoid", "renormalise": False},
     "switch": {"select": "switch", "capacity_factor": 0.8, "renormalise": False, "causal": False},

@@ -1,0 +1,1 @@
+"""The verb `plan`: how to spread a model over GPUs, from its config and headers alone."""

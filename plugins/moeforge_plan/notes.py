@@ -1,0 +1,33 @@
+"""What a user should know of a layout before running it."""
+
+from __future__ import annotations
+
+from .commands import last_stage
+from .job import Hardware
+from .search import Row
+from .shape import Shape
+
+TIGHT = 0.95
+"""Share of the budget from which a few percent of error in the estimate decide."""
+
+
+def notes(row: Row, shape: Shape, gpu: Hardware, budget: float) -> list[str]:
+    """One sentence each; empty where nothing is unusual."""
+    layout, found = row.layout, []
+    ranks = layout.efsdp * layout.ep
+    if layout.engine == "transformers" and shape.experts and ranks > shape.experts:
+        found.append(
+            f"efsdp {layout.efsdp} x EP {layout.ep} = {ranks} ranks for {shape.experts} experts: FSDP cuts the axis that counts experts, so "
+            f"{ranks - shape.experts} of the ranks hold none and the others a whole one (counted in GB); a larger --dp-replicate with a smaller "
+            "--fsdp costs memory for attention alone"
+        )
+    group = layout.expert_axis("ep")
+    if group.size > 1 and group.inside(gpu.node) < group.size:
+        found.append(f"EP {layout.ep} spans nodes: its all-to-all runs at {gpu.network:g} GB/s, not {gpu.link:g}")
+    if row.memory.total > TIGHT * budget:
+        found.append(
+            f"only {(budget - row.memory.total) / 1e9:.2g} GB are left: the estimate is good to some 10%, try it before you rely on it"
+        )
+    if left := last_stage(shape, layout.pp):
+        found.append(f"{shape.layers} layers do not divide by PP {layout.pp}: the last stage holds {left}")
+    return found

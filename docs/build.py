@@ -17,8 +17,9 @@ from typing import Any
 
 from moeforge import registry
 from moeforge.errors import ExitCode
-from moeforge.launch import OF_STAGES, Common
+from moeforge.launch import Common, left_out
 from moeforge.options import Bytes, Spec, format_bytes, specs
+from moeforge.pipeline.stage import page_of
 from moeforge.verb import Verb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,8 @@ def sentence(text: str) -> str:
 
 
 def makes(verb: Verb) -> str:
+    if (page := page_of(verb.stage)) is not None:
+        return f"Answers on stdout and writes one page, `{page}`."
     if not verb.is_stage:
         return "Answers on stdout and writes nothing."
     return f"Makes: {verb.stage.produces} (a {verb.stage.output})."
@@ -156,9 +159,9 @@ def what(spec: Spec) -> str:
 
 def common_table(verb: Verb) -> str:
     """What the command line itself adds to every verb."""
-    left_out = {"method"} if verb.is_stage else OF_STAGES
-    place = {"output": f"`$MOEFORGE_HOME/artifacts/{verb.name}-KEY`"}
-    shown = [spec for spec in specs(Common) if spec.name not in left_out]
+    unused = {"method"} | left_out(verb.stage)
+    place = {"output": f"`{page_of(verb.stage) or f'$MOEFORGE_HOME/artifacts/{verb.name}-KEY'}`"}
+    shown = [spec for spec in specs(Common) if spec.name not in unused]
     rows = [(names(s, pair=False), value(s), place.get(s.name) or default(s), what(s)) for s in shown]
     return rows_table(OPTION_HEAD, rows)
 

@@ -17,7 +17,7 @@ from .pipeline.artifact import Artifact, as_line, locate, parse_line
 from .pipeline.context import Context
 from .pipeline.noise import tamed
 from .pipeline.progress import Progress
-from .pipeline.stage import Bound
+from .pipeline.stage import Bound, is_stage, page_of
 from .registry import Entry
 
 
@@ -55,8 +55,17 @@ class Common:
 COMMON = tuple(spec.name for spec in specs(Common))
 OF_STAGES = frozenset({"method", "output", "force", "dry_run"})
 """Those of them that a query does not have."""
+OF_PAGES = frozenset({"output", "force"})
+"""Those of the latter that a query has all the same where it writes a page."""
 ON_THE_LINE = frozenset({"config", "debug"})
 """Those of them that make no sense within a `--config` file."""
+
+
+def left_out(stage: Any) -> frozenset[str]:
+    """Names of the common options that a verb does not have."""
+    if is_stage(type(stage)):
+        return frozenset()
+    return OF_STAGES - OF_PAGES if page_of(stage) is not None else OF_STAGES
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def choose(verb: Command, given: dict[str, Any]) -> Chosen:
     """
     path = given.get("config")
     written = read_toml(path) if path is not None else {}
-    shared = {s.name: s for s in specs(Common) if verb.is_stage or s.name not in OF_STAGES}
+    shared = {s.name: s for s in specs(Common) if s.name not in left_out(verb.stage)}
     mine = {s.name: s for s in specs(verb.stage.Options)}
     theirs = {s.name: s for s in specs(verb.method.Options)} if verb.method is not None else {}
     table = mine | theirs | shared
@@ -202,13 +211,21 @@ def launch(verb: Command, given: dict[str, Any]) -> int:
 
 
 def _query(verb: Command, chosen: Chosen, sources: list[Artifact], ctx: Context) -> int:
+    from .pipeline.page import find_place, write_page
     from .pipeline.run import check_kind
 
     for src in sources:
         check_kind(verb.stage, src)
+    name, place = page_of(verb.stage), None
+    if name is not None:  # what cannot be written is told before the work
+        place = find_place(chosen.common.output or Path(name), chosen.common.force, sources, chosen.options)
     answer = verb.stage.answer(sources, chosen.options, ctx)
+    data = answer.data
+    if place is not None:
+        write_page(answer.page, place, chosen.common.force)
+        data = data | {"page": str(place)}
     # what was found in a checkpoint may come from a stranger, and a terminal obeys it
-    click.echo(as_line(answer.data) if chosen.common.json else tame(answer.text))
+    click.echo(as_line(data) if chosen.common.json else tame(answer.text + (f"\n{place}" if place is not None else "")))
     return answer.exit_code
 
 

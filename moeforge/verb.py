@@ -15,9 +15,9 @@ from click.shell_completion import CompletionItem
 
 from . import registry
 from .errors import UsageProblem
-from .launch import COMMON, OF_STAGES, Common, launch, method_named
+from .launch import COMMON, Common, launch, left_out, method_named
 from .options import Bytes, Spec, format_bytes, specs
-from .pipeline.stage import is_stage
+from .pipeline.stage import is_stage, page_of
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -58,8 +58,10 @@ class Verb(click.Command):
         names = ["SRC"] if self.sources == 1 else [chr(ord("A") + i) for i in range(self.sources)]
         places = " ".join([f"[{n}]" if self.sources == 1 else n for n in names] + [s.metavar for s in self.positional])
         common = {spec.name: _option(spec, pair=False) for spec in specs(Common)}
-        common["output"].metavar = "FILE" if self.is_stage and self.stage.output == "file" else "DIR"
-        common["output"].help = f"{common['output'].help} [default: $MOEFORGE_HOME/artifacts/{self.entry.name}-KEY]"
+        page = page_of(self.stage)
+        common["output"].metavar = "FILE" if page or (self.is_stage and self.stage.output == "file") else "DIR"
+        place = page or f"$MOEFORGE_HOME/artifacts/{self.entry.name}-KEY"
+        common["output"].help = f"{common['output'].help} [default: {place}]"
         first: list[click.Parameter] = [click.Argument(["places"], nargs=-1, metavar=places, shell_complete=_files)]
         method = common.pop("method")
         if self.has_methods:
@@ -69,7 +71,7 @@ class Verb(click.Command):
             method._custom_shell_complete = _names(group)
             first.append(method)
         own = [_option(spec) for spec in fields if spec.meta.get("kind") != "argument"]
-        return [*first, *own, *(p for name, p in common.items() if self.is_stage or name not in OF_STAGES)]
+        return [*first, *own, *(p for name, p in common.items() if name not in left_out(self.stage))]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find the method first, add its options, then parse."""

@@ -1,6 +1,6 @@
 """Where an output may go: not over, around or inside what it is made from, and never over what moeforge did not write.
 
-`--force` replaces an empty directory or one with a moeforge manifest; where a verb writes one file (a receipt), an empty
+`--force` replaces an empty directory or one with a moeforge manifest; where a verb writes one file (a receipt, a page), an empty
 file or one of those. Of a symlink only the link goes. Everything else is the user's to remove.
 """
 
@@ -21,6 +21,8 @@ from .disk import sync_directory
 from .journal import JOURNAL, Journal
 
 Kind = Literal["directory", "file"]
+PAGE = b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="moeforge">\n'
+"""How a page of ours begins."""
 MAX_RECEIPT = 1 << 20
 """Bytes; a larger file is none of ours, and is not read to find out."""
 
@@ -73,7 +75,17 @@ def _kept(output: Path, kind: Kind) -> str | None:
         return None if _made_here(output) or not any(output.iterdir()) else f"it has no {MANIFEST} of moeforge's"
     if kind == "directory":
         return "this verb writes a directory"
-    return "moeforge did not write it" if file_kind(output) is None and output.stat().st_size else None
+    ours = file_kind(output) is not None or is_page(output)
+    return None if ours or not output.stat().st_size else "moeforge did not write it"
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a page that moeforge wrote: it says so in its first bytes."""
+    try:
+        with open(file, "rb") as held:
+            return file.is_file() and held.read(len(PAGE)) == PAGE
+    except OSError:
+        return False
 
 
 def file_kind(file: Path) -> str | None:

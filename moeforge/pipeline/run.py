@@ -138,7 +138,7 @@ def _prepare(request: Request, src: Artifact, place: Path) -> Ready:
     method, inputs = pin_inputs(stage, request.options, request.method)
     key = run_key(stage.name, src, source_digest, request.options, method, request.owners, inputs)
     suffix = ".json" if stage.output == "file" else ""
-    output = _absolute(request.output or place / "artifacts" / f"{stage.name}-{key[:16]}{suffix}")
+    output = absolute(request.output or place / "artifacts" / f"{stage.name}-{key[:16]}{suffix}")
     named = "-o" if request.output is not None else "MOEFORGE_HOME"
     keep_apart(output, _read_from(src, request.options, method), named)
     return Ready(src, method, key, output, named)
@@ -201,7 +201,12 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
     return Outcome(locate(str(output)), manifest, False, written.notes)
 
 
-def _absolute(output: Path) -> Path:
+def absolute(output: Path) -> Path:
+    """Where `-o` leads from here.
+
+    Raises:
+        UsageProblem: to the root directory.
+    """
     found = Path(os.path.abspath(expand(output, "-o")))
     if not found.name:
         raise UsageProblem(f"-o {output} is the root directory; give it a name")

@@ -125,10 +125,19 @@ class Answer:
     text: str
     """Printed otherwise."""
     exit_code: int = 0
+    page: str = ""
+    """The file's text, of a query that writes one."""
 
 
 class Query(Protocol):
-    """A verb that reads artifacts and answers on stdout; it writes no artifact."""
+    """A verb that reads artifacts and answers on stdout; it writes no artifact.
+
+    One that also writes a page for people has
+
+        page: ClassVar[str]
+
+    the file's name where `-o` gives none, and leaves its text in `Answer.page`; the core checks the place and writes it.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -147,4 +156,9 @@ def is_stage(cls: type) -> bool:
     return hasattr(cls, "run")
 
 
-__all__ = ["Answer", "Artifact", "Bound", "Method", "Path", "Plan", "Query", "Stage", "Written", "is_stage"]
+def page_of(stage: Any) -> str | None:
+    """The default name of the page that a query writes, None where it writes none."""
+    return None if is_stage(type(stage)) else getattr(stage, "page", None)
+
+
+__all__ = ["Answer", "Artifact", "Bound", "Method", "Path", "Plan", "Query", "Stage", "Written", "is_stage", "page_of"]

@@ -58,12 +58,14 @@ class Metrics:
 
 
 def load_metrics(statistics: Statistics) -> dict[str, Any]:
-    """What is said of the routers, layer by layer: `load` [L][E], each expert's share of the assignments; `entropy` in
+    """What is said of the routers, layer by layer: `sites` [L], their names; `load` [L][E], each expert's share of the assignments; `entropy` in
     nats, the number of `dead` experts and the `violation`, the busiest expert's load over the mean, less 1; and `imbalance`, the busiest expert's load over the mean, averaged over layers: 1 when
     even, None for a dense model. Where labels were counted, `by_label` [L][labels][E] is the load of each."""
-    layers = list(statistics.as_json().values())
+    by_site = statistics.as_json()
+    layers = list(by_site.values())
     violations = [layer["max_violation"] for layer in layers if layer["max_violation"] is not None]
     found: dict[str, Any] = {
+        "sites": list(by_site),
         "load": [[round(share, 6) for share in layer["load"]] for layer in layers],
         "entropy": [None if layer["entropy"] is None else round(layer["entropy"], 6) for layer in layers],
         "dead": [len(layer["dead"]) for layer in layers],

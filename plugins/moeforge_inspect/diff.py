@@ -19,6 +19,8 @@ from moeforge.pipeline.context import Context
 from moeforge.pipeline.reading import Reading
 from moeforge.pipeline.stage import Answer
 
+from .values import row_runs, wide
+
 CHUNK_BYTES = 32 << 20
 """A tensor is compared in runs of whole rows of about this size, so memory does not grow with it."""
 SHOWN = 20
@@ -148,13 +150,13 @@ def value_difference(a: Checkpoint, b: Checkpoint, info: TensorInfo, advance: An
     """
     largest = scale = 0.0
     changed = 0
-    for rows in _row_runs(info):
+    for rows in row_runs(info, CHUNK_BYTES):
         left, right = a.read(info.name, rows), b.read(info.name, rows)
         advance(left.nbytes)
         if left.dtype == right.dtype and np.array_equal(left.view(np.uint8), right.view(np.uint8)):
             scale = max(scale, _largest(left))
             continue
-        x, y = _wide(left), _wide(right)
+        x, y = wide(left), wide(right)
         differs = (left != right if left.dtype == right.dtype else x != y) & ~(np.isnan(x) & np.isnan(y))
         changed += int(differs.sum())
         with np.errstate(invalid="ignore"):
@@ -165,23 +167,9 @@ def value_difference(a: Checkpoint, b: Checkpoint, info: TensorInfo, advance: An
     return {"max_abs": largest, "relative": relative, "changed": changed / info.size if info.size else 0.0}
 
 
-def _row_runs(info: TensorInfo) -> Iterator[slice | None]:
-    if info.nbytes <= CHUNK_BYTES or not info.shape:
-        yield None
-        return
-    step = max(1, CHUNK_BYTES * info.shape[0] // info.nbytes)
-    for start in range(0, info.shape[0], step):
-        yield slice(start, min(start + step, info.shape[0]))
-
-
-def _wide(array: np.ndarray) -> np.ndarray:
-    """In float32, which holds every 16- and 8-bit value exactly; wider types in float64."""
-    return array.astype(np.float64 if array.dtype.itemsize > 2 else np.float32)
-
-
 def _largest(array: np.ndarray) -> float:
     """max|x| over the finite elements."""
-    values = np.abs(_wide(array))
+    values = np.abs(wide(array))
     return float(values[np.isfinite(values)].max(initial=0.0))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moeforge import registry
+from moeforge.checkpoint import open_checkpoint
+from moeforge.checkpoint.base import Checkpoint
 from moeforge.errors import UsageProblem
 from moeforge.options import specs
 from moeforge.pipeline.describe import describe_value
@@ -64,3 +67,21 @@ def chosen(step: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {spec.name: list(spec.default) if isinstance(spec.default, tuple) else spec.default
                 for cls in classes for spec in specs(cls) if not spec.required}  # fmt: skip
     return {name: value for name, value in found.items() if name not in defaults or value != defaults[name]}
+
+
+def open_parent(parent: Mapping[str, Any], made_with: Mapping[str, Any], allow_pickle: bool) -> Checkpoint:
+    """The parent at its recorded commit, decoded if it was then. Pickled weights need a word from whoever asks now: the manifest
+    may be a stranger's.
+
+    Args:
+        made_with: the options of the run that read it.
+    """
+    ref, revision = parent["ref"], parent.get("revision")
+    if isinstance(revision, str) and not os.path.exists(ref):  # False, too, of a name too long for a file
+        ref = ref.partition("@")[0]
+    return open_checkpoint(
+        ref,
+        revision=revision if isinstance(revision, str) else None,
+        allow_pickle=allow_pickle,
+        dequantize=made_with.get("dequantize") is True,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.reading import Reading
 from moeforge.pipeline.stage import Answer
+
+from .lineage import open_parent
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _prove_again(src: Artifact, checkpoint: Checkpoint, options: Options, found:
         return
     ref = parents[0]["ref"]
     try:
-        parent = _open_parent(parents[0], manifest.get("options") or {}, options)
+        parent = open_parent(parents[0], manifest.get("options") or {}, options.allow_pickle)
     except (BadInput, MachineLacks) as error:
         found.skipped.append(f"equality: the parent cannot be opened: {error}")
         return
@@ -166,17 +167,3 @@ def _prove_again(src: Artifact, checkpoint: Checkpoint, options: Options, found:
             found.problems.append(f"{proof.summary()} (parent {ref})")
         else:
             found.skipped.append(f"equality: {ref} is not the parent any more, it changed since: {proof.summary()}")
-
-
-def _open_parent(parent: dict[str, Any], made_with: dict[str, Any], options: Options) -> Checkpoint:
-    """The parent at its recorded commit, decoded if it was then. Pickled weights need a word from whoever asks now: the manifest
-    may be a stranger's."""
-    ref, revision = parent["ref"], parent.get("revision")
-    if isinstance(revision, str) and not os.path.exists(ref):  # False, too, of a name too long for a file
-        ref = ref.partition("@")[0]
-    return open_checkpoint(
-        ref,
-        revision=revision if isinstance(revision, str) else None,
-        allow_pickle=options.allow_pickle,
-        dequantize=made_with.get("dequantize") is True,
-    )

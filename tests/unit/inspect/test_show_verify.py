@@ -18,8 +18,9 @@ from moeforge.testing.command import run
 from moeforge.testing.models import save_tiny
 from moeforge.testing.mutations import manifest_changed
 from moeforge_inspect import lineage
+from moeforge_inspect.lineage import open_parent
 from moeforge_inspect.show import Show
-from moeforge_inspect.verify import Options, Verify, _open_parent
+from moeforge_inspect.verify import Verify
 
 
 @pytest.fixture(scope="module")
@@ -304,4 +305,4 @@ def test_a_strangers_manifest_ends_in_an_answer_or_in_one_line(ask, mixture, tmp
 
 def test_a_parent_whose_name_is_too_long_for_a_file_is_bad_input():
     with pytest.raises(BadInput):
-        _open_parent({"ref": "x" * 5000, "revision": "main"}, {}, Options())
+        open_parent({"ref": "x" * 5000, "revision": "main"}, {}, allow_pickle=False)

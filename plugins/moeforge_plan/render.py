@@ -13,7 +13,7 @@ from .commands import bridge, call, distributed_config, tune
 from .job import Hardware, Job
 from .layouts import Engine
 from .notes import notes
-from .search import Found, Objective, Row, why_lost
+from .search import AGAIN, Found, Objective, Row, why_lost
 from .shape import Shape
 
 HEAD = ("#", "engine", "TP", "CP", "PP", "DP", "ETP", "EP", "EDP", "batch", "v", "recompute", "GB", "step s", "MFU %",
@@ -23,6 +23,8 @@ LEGEND = (
     "6 x active parameters and causal attention over peak; then % of the step: computing, TP and CP traffic, all-to-all, ETP traffic,",
     "pipeline bubble, data parallelism's parameters and gradients",
 )
+
+HELP = "more --gpus, a larger --gpu, --optimizer adamw-8bit, --training lora or a smaller --seq need less of each"
 
 
 class Report:
@@ -90,7 +92,7 @@ class Report:
             f"{job.seq} tokens; {job.training} training, {job.optimizer}",
         ]
         sort = "fastest" if self.objective == "mfu" else "smallest"
-        head = f"{len(found.fits)} layouts fit into {self.budget / 1e9:.4g} GB, {len(found.misfits)} do not"
+        head = f"{len(found.fits)} layouts fit into {self.budget / 1e9:.4g} GB, {len(found.misfits)} do{'es' if len(found.misfits) == 1 else ''} not"
         lines += [*(f"note: {text}" for text in self.notes), "", head + (f"; {sort} first:" if found.fits else "")]
         if found.fits:
             shown = found.fits[: self.top]
@@ -101,6 +103,7 @@ class Report:
         lines += self._refused()
         for engine, row in self.best().items():
             lines += ["", *self._run(engine, row)]
+        lines += [] if found.fits else ["", HELP]
         return "\n".join(lines)
 
     def _cells(self, number: int, row: Row) -> list[str]:
@@ -108,7 +111,7 @@ class Report:
         assert times is not None and row.mfu is not None
         share: Callable[[float], str] = lambda part: f"{100 * part / times.total:.0f}"  # noqa: E731
         return [str(number), layout.engine, *map(str, (layout.tp, layout.cp, layout.pp)), _copies(row),
-                *map(str, (layout.etp, layout.ep, layout.edp)), f"{candidate.micro_batch}x{candidate.microbatches(self.job)}",
+                *(map(str, (layout.etp, layout.ep, layout.edp)) if self.shape.experts else "---"), f"{candidate.micro_batch}x{candidate.microbatches(self.job)}",
                 str(candidate.stages), candidate.recompute, f"{row.memory.total / 1e9:.1f}", f"{times.total:.3g}", f"{100 * row.mfu:.1f}",
                 *map(share, (times.compute + times.launch, times.tp + times.cp, times.a2a, times.etp, times.bubble, times.dp))]  # fmt: skip
 
@@ -122,7 +125,7 @@ class Report:
             held = {"weights": row.memory.weights, "gradients": row.memory.gradients, "optimizer": row.memory.optimizer,
                     "gathered units": row.memory.gathered, "activations": row.memory.activations}  # fmt: skip
             largest = max(held, key=lambda name: held[name])
-            lines.append(f"  {_named(row)}: {row.missing / 1e9:.1f} GB too much ({row.memory.total / 1e9:.1f}, of which {largest} "
+            lines.append(f"  {_named(row, self.shape)}: {row.missing / 1e9:.1f} GB too much ({row.memory.total / 1e9:.1f}, of which {largest} "
                          f"{held[largest] / 1e9:.1f})")  # fmt: skip
         return lines
 
@@ -137,7 +140,7 @@ class Report:
     def _run(self, engine: Engine, row: Row) -> list[str]:
         assert row.times is not None and row.mfu is not None
         names = {"transformers": "transformers", "megatron": "Megatron-Bridge"}
-        title = (f"with {names[engine]}, its best (#{self.found.fits.index(row) + 1} of all): {_named(row)}; {row.times.total:.3g} s, "
+        title = (f"with {names[engine]}, its best (#{self.found.fits.index(row) + 1} of all): {_named(row, self.shape)}; {row.times.total:.3g} s, "
                  f"MFU {100 * row.mfu:.1f}%, {row.memory.total / 1e9:.1f} GB")  # fmt: skip
         said = [f"  note: {text}" for text in notes(row, self.shape, self.gpu, self.budget)]
         if engine == "transformers":
@@ -151,14 +154,14 @@ def _copies(row: Row) -> str:
     return f"{layout.replicate}x{layout.fsdp}" if layout.replicate > 1 else str(layout.dp)
 
 
-def _named(row: Row) -> str:
-    layout = row.layout
-    parts = {"TP": layout.tp, "CP": layout.cp, "PP": layout.pp, "ETP": layout.etp, "EP": layout.ep}
-    sizes = " ".join(f"{name} {size}" for name, size in parts.items() if size > 1)
-    again = {
-        "none": "",
-        "selective": ", recomputing activations",
-        "ffn": ", recomputing FFNs",
-        "full": ", recomputing layers",
+def _named(row: Row, shape: Shape) -> str:
+    layout, again = row.layout, row.candidate.recompute
+    parts = {
+        "TP": layout.tp,
+        "CP": layout.cp,
+        "PP": layout.pp,
+        "ETP": layout.etp if shape.experts else 1,
+        "EP": layout.ep,
     }
-    return f"{layout.engine} {sizes + ' ' if sizes else ''}DP {_copies(row)}{again[row.candidate.recompute]}"
+    sizes = " ".join(f"{name} {size}" for name, size in parts.items() if size > 1)
+    return f"{layout.engine} {sizes + ' ' if sizes else ''}DP {_copies(row)}{'' if again == 'none' else f', {AGAIN[again]}'}"

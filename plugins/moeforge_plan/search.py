@@ -21,6 +21,12 @@ LONG = 8192
 """Tokens from which context parallelism is considered; each of its ranks keeps half of them at least."""
 LEVELS: tuple[Recompute, ...] = ("none", "selective", "ffn", "full")
 """Cheapest first."""
+AGAIN: dict[Recompute, str] = {
+    "none": "recomputing nothing",
+    "selective": "recomputing activations",
+    "ffn": "recomputing FFNs",
+    "full": "recomputing layers",
+}
 Objective = Literal["mfu", "memory"]
 
 
@@ -184,8 +190,9 @@ def reason(part: str, row: Row, winner: Row, job: Job, gpu: Hardware) -> str:
     nodes = math.ceil(ep.size / ep.inside(gpu.node))
     count = candidate.microbatches(job)
     computing = "thinner matrix products"
+    pieces = f"{candidate.stages} piece{'' if candidate.stages == 1 else 's'} a rank"
     if LEVELS.index(candidate.recompute) > LEVELS.index(winner.candidate.recompute):
-        computing = f"recomputing ({candidate.recompute})"
+        computing = AGAIN[candidate.recompute]
     synced = (
         "parameters gathered and gradients reduced for every microbatch"
         if layout.sharding == "parameters"
@@ -198,6 +205,6 @@ def reason(part: str, row: Row, winner: Row, job: Job, gpu: Hardware) -> str:
         "etp": f"each expert cut over ETP {layout.etp}",
         "cp": f"keys and values around CP {layout.cp}",
         "launch": f"launches of {count} microbatches",
-        "bubble": f"the bubble of PP {layout.pp} with {count} microbatches and {candidate.stages} pieces a rank",
+        "bubble": f"the bubble of PP {layout.pp} with {count} microbatches and {pieces}",
         "dp": f"{synced}, over DP {dp.size}",
     }[part]

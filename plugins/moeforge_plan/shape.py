@@ -113,6 +113,10 @@ def read(config: Mapping[str, Any], found: Anatomy | None = None) -> Shape:
                                     ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))  # fmt: skip
     kv_heads = _size(settings, "num_key_value_heads", heads)
     head_dim = _size(settings, "head_dim", max(1, hidden // heads))
+    if settings.get("kv_lora_rank") is not None:
+        # its queries and keys are wider than its values; the product of both is what attention computes with
+        parts = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        head_dim = sum(_size(settings, key) for key in parts) // 2
     attention = _attention(settings, hidden, heads, kv_heads, head_dim)
     if found is not None and found.layers and found.parameters_by_role.get("attention"):
         attention = round(found.parameters_by_role["attention"] / found.layers)

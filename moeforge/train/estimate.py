@@ -46,8 +46,8 @@ def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
 
 
 def peak_memory(config: Mapping[str, Any], total: int, trained: int, *, short: bool, tokens: int, rows: int,
-                checkpointing: bool, moments: int = 8) -> int:  # fmt: skip
-    """Bytes at the peak of a training step.
+                checkpointing: bool, moments: int = 8, shards: int = 1) -> int:  # fmt: skip
+    """Bytes at the peak of a training step, of one rank.
 
     Weights (2 or 4 bytes), a float32 master where they are short, gradient and two AdamW moments of what learns,
     activations of one forward pass (of one layer with checkpointing, plus every layer's input), logits and their
@@ -57,6 +57,7 @@ def peak_memory(config: Mapping[str, Any], total: int, trained: int, *, short: b
         short: bfloat16 compute.
         tokens: in one forward pass, all rows together.
         moments: bytes of the optimizer's state for one parameter that learns.
+        shards: ranks among which weights, gradients and moments lie.
     """
 
     def number(*names: str, default: int) -> int:
@@ -68,7 +69,7 @@ def peak_memory(config: Mapping[str, Any], total: int, trained: int, *, short: b
     hidden = number("moe_intermediate_size", "intermediate_size", default=4 * width)
     active = number("num_experts_per_tok", "moe_k", default=1)
     size = 2 if short else 4
-    state = size * total + trained * (4 + moments + (4 if short else 0))
+    state = (size * total + trained * (4 + moments + (4 if short else 0))) // shards
     # measured on Llama and Mixtral shapes: about 18 vectors of the width and 5 of the FFN a token and active expert
     layer = tokens * (size * (18 * width + 5 * active * hidden) + 2 * size * heads * tokens // rows)
     activations = layer + size * tokens * width * layers if checkpointing else layer * layers

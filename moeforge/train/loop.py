@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, GateRefused, Interrupted, ReaderGone
+from ..errors import BadInput, GateRefused, Interrupted, ReaderGone, UsageProblem
 from ..mixture.router import Router
 from ..mixture.statistics import Statistics
 from ..options import format_bytes
@@ -21,13 +21,16 @@ from .batch import Batch, forward
 from .labels import labels_of
 from .losses import token_loss_sum
 from .metrics import Metrics, load_metrics
-from .packing import Cursor, Packer, Row
+from .packing import IGNORE, Cursor, Packer, Row
 from .params import Choice, Masters, make_optimizer
+from .ranks import Ranks
 from .routing import Site
 from .schedule import rate
 from .settings import Settings
 from .state import load_state, save_state
 from .step import Step
+
+T = TypeVar("T")
 
 
 class Keeper(Protocol):
@@ -99,29 +102,35 @@ def borders_hold(model: nn.Module, sites: list[Site], vocabulary: int) -> bool:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, sites: list[Site], packer: Packer, rows: int, device: torch.device,
-             tick: Callable[[int], None] = lambda _: None) -> dict[str, Any]:  # fmt: skip
+             tick: Callable[[int], None] = lambda _: None, ranks: Ranks | None = None) -> dict[str, Any]:  # fmt: skip
     """Held-out loss in nats a token, and each expert's share of the assignments (by label too, where documents have several), over one
-    pass of `packer`."""
+    pass of `packer`, of which each of `ranks` measures its share."""
+    ranks = ranks or Ranks(0, 1, device)
     training = model.training
     model.eval()
     known = labels_of(packer.pools)
     predicted, summed, statistics = 0, 0.0, Statistics(known if known > 1 else 0)
-    for chunk in _chunks(packer.rows(repeat=False), rows):
-        batch = Batch.of(chunk, device)
+    for turn in _chunks(_chunks(packer.rows(repeat=False), rows), ranks.data_size):
+        batch = Batch.of(turn[min(ranks.data_rank, len(turn) - 1)], device)
+        if ranks.data_rank >= len(turn):
+            # nothing is left for this rank, but the others need its passes: one that counts for nothing
+            batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), real=torch.zeros_like(batch.real))
         logits, seen = forward(model, sites, batch)
         predicted += batch.predicted
         summed += float(token_loss_sum(logits, batch.labels))
         statistics.add(seen, None if batch.about is None else batch.about.flatten())
         tick(batch.predicted)
     model.train(training)
-    loss = summed / predicted
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": predicted, **load_metrics(statistics)}  # fmt: skip
+    ranks.settle(model)
+    predicted, summed = ranks.total(torch.tensor([predicted, summed], dtype=torch.float64)).tolist()
+    loss, found = summed / predicted, load_metrics(statistics.over(ranks.total))
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(predicted), **found}
 
 
-def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
         if len(chunk) == size:
             yield chunk
             chunk = []
@@ -135,18 +144,18 @@ class Loop:
     Args:
         model: parameters on their device; the chosen ones require gradients.
         held_out: None trains without a held-out loss.
-        keeper: where states are kept; None keeps none.
+        directory: of metrics.jsonl; None on every rank but the first.
+        keeper: where states are kept; None keeps none, or leaves it to the first rank.
         precise: see :class:`moeforge.train.params.Masters`.
         check: raises when the work should stop; called between forward passes.
+        ranks: who trains; as the launcher says when left out.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], choice: Choice, settings: Settings, train: Packer,
-                 held_out: Packer | None, directory: Path, *,
+                 held_out: Packer | None, directory: Path | None, *,
                  precise: Callable[[str], Tensor] | None = None, keeper: Keeper | None = None, check: Callable[[], None] = lambda: None,
-                 say: Callable[[str], None] = lambda _: None, accelerator: Any = None):  # fmt: skip
-        from accelerate import Accelerator
-
-        self.accelerator = accelerator or Accelerator()
+                 say: Callable[[str], None] = lambda _: None, ranks: Ranks | None = None):  # fmt: skip
+        self.ranks = ranks or Ranks.here()
         self.model, self.sites, self.choice, self.settings = model, sites, choice, settings
         self.train, self.held_out, self.directory = train, held_out, directory
         self.keeper, self.check, self.say = keeper, check, say
@@ -168,8 +177,10 @@ class Loop:
         self.moved = 0.0
         """Squared distance of the experts that are to be preserved from where they started."""
         self.step = self.tokens = self._resumed_tokens = 0
-        self._resumed_seconds = 0.0
+        self._resumed_seconds = self._seconds = 0.0
         self.cursor = Cursor()
+        self.accumulate = settings.accumulate
+        """Passes of each rank before an update. A run that continues on other ranks keeps its rows of an update, so this changes."""
 
     def run(self, bar: Callable[[str, float, str], Any]) -> Result:
         """Train until the budget is spent.
@@ -188,11 +199,13 @@ class Loop:
             while True:
                 random = torch.get_rng_state()
                 try:
+                    self._read_clock()
                     self._evaluate_if_due(metrics)
                     before = self.spent
                     if before >= amount:
                         break
                     record = self._update()
+                    self._read_clock()
                     metrics.add({"event": "step", "step": self.step, **record})
                     random = torch.get_rng_state()
                     progress.advance(self.spent - before, self._note(record["loss"]))
@@ -209,10 +222,16 @@ class Loop:
     @property
     def spent(self) -> float:
         """How much of the budget is gone, in its unit."""
-        return {"steps": self.step, "tokens": self.tokens, "minutes": self._elapsed() / 60}[self.settings.budget]
+        return {"steps": self.step, "tokens": self.tokens, "minutes": self._seconds / 60}[self.settings.budget]
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._clock
+
+    def _read_clock(self) -> None:
+        """Take the time where it decides; that of the first rank, as all must stop at the same step."""
+        self._seconds = self._elapsed()
+        if self.settings.budget == "minutes":
+            self._seconds = self.ranks.share(self._seconds)
 
     @property
     def speed(self) -> float:
@@ -225,27 +244,27 @@ class Loop:
 
     def _update(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics."""
-        settings, world = self.settings, self.accelerator.num_processes
+        settings, ranks = self.settings, self.ranks
         factor = rate(min(self.spent / settings.amount, 1.0), settings.schedule, settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         stream = self.train.rows(self.cursor)
         chunks: list[list[Row]] = []
-        for _ in range(settings.accumulate):
-            shares = [[next(stream) for _ in range(settings.rows)] for _ in range(world)]
-            chunks.append(shares[self.accelerator.process_index])
+        for _ in range(self.accumulate):
+            shares = [[next(stream) for _ in range(settings.rows)] for _ in range(ranks.data_size)]
+            chunks.append(shares[ranks.data_rank])
             cursor = shares[-1][-1].cursor
         batches = [Batch.of(chunk, self.device) for chunk in chunks]
         sizes = [sum(batch.predicted for batch in batches), sum(int(batch.real.sum()) for batch in batches)]
-        predicted, real = self._sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
+        predicted, real = ranks.total(torch.tensor(sizes, dtype=torch.float64)).tolist()
         told = settings.routing_every > 0 and (self.step + 1) % settings.routing_every == 0
         step = Step(
-            self.model, self.sites, settings, predicted, real, self._sum, self.scored, Statistics() if told else None
+            self.model, self.sites, settings, predicted, real, ranks, self.scored, Statistics() if told else None
         )
         self.model.train()
         try:
             for batch in batches:
-                self.check()
+                ranks.stop_together(self.check)
                 step.add(batch)
             norm = self._finish_gradients()
             if not math.isfinite(norm):
@@ -265,31 +284,23 @@ class Loop:
         record = {"tokens": int(predicted), "lr": settings.learning_rate * factor, "norm": norm, **step.record()}
         return record | ({"preserve": self.moved} if self.started else {})
 
-    def _sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks."""
-        if self.accelerator.num_processes == 1:
-            return value
-        total = self.accelerator.reduce(value.to(self.device), "sum")
-        assert isinstance(total, Tensor)
-        return total
-
     def _finish_gradients(self) -> float:
-        """Sum gradients over ranks, add the pull towards the start, clip; returns the norm before clipping."""
-        gradients, self.moved = [], 0.0
+        """Complete gradients over ranks, add the pull towards the start, clip; returns the norm before clipping."""
+        gradients: list[Tensor] = []
+        self.moved = 0.0
         for name, master in self.named.items():
             if master.grad is None:
                 # an expert without a token, or a parameter out of reach: it still decays and its moments fade
                 master.grad = torch.zeros_like(master)
-            if self.accelerator.num_processes > 1:
-                master.grad.copy_(self._sum(master.grad))
+            self.ranks.complete(master)
             if name in self.started:
                 away = master.detach() - self.started[name]
-                self.moved += float(away.square().sum())
+                self.moved += float(self.ranks.norm([away])) ** 2
                 master.grad.add_(away, alpha=2 * self.settings.preserve)
             gradients.append(master.grad)
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True if self.device.type != "cpu" else None)
+        norm = self.ranks.norm(gradients)
         if self.settings.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.named.values(), self.settings.clip, norm)
+            self.ranks.scale_(gradients, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)
 
     def _drop_gradients(self) -> None:
@@ -302,9 +313,11 @@ class Loop:
         if self.held_out is None or not due or (done and done[-1]["step"] == self.step):
             return
         started = time.monotonic()
-        found = evaluate(self.model, self.sites, self.held_out, self.settings.rows, self.device, lambda _: self.check())
+        found = evaluate(self.model, self.sites, self.held_out, self.settings.rows, self.device,
+                         lambda _: self.ranks.stop_together(self.check), self.ranks)  # fmt: skip
         # the budget is for training
         self._clock += time.monotonic() - started
+        self._read_clock()
         metrics.add({"event": "held_out", "step": self.step, **found})
         self.say(f"held-out loss {found['loss']:.4f} (perplexity {found['perplexity']:.2f}) after {self.step} steps")
 
@@ -317,23 +330,32 @@ class Loop:
             self.say(f"what was learnt could not be saved before the result is written: {error}")
 
     def _save(self, metrics: Metrics, finished: bool = False) -> None:
-        if self.keeper is None:
+        if not self.ranks.share(self.keeper is not None):
             return
-        path = self.keeper.place(self.step)
+        path = self.keeper.place(self.step) if self.keeper is not None else None
         meta = {"step": self.step, "tokens": self.tokens, "seconds": self._elapsed(), "metrics": metrics.sync(),
-                "cursor": self.cursor.as_json()}  # fmt: skip
-        save_state(path, self.named | self.biases, None if finished else self.optimizer, meta)
-        self.keeper.record(path, self.step)
+                "cursor": self.cursor.as_json(), "passes": self.accumulate * self.ranks.data_size}  # fmt: skip
+        save_state(path, self.named | self.biases, None if finished else self.optimizer, meta, self.ranks)
+        if self.keeper is not None and path is not None:
+            self.keeper.record(path, self.step)
 
     def _resume(self) -> Metrics:
         path = self.keeper.newest() if self.keeper is not None else None
-        if path is None:
+        if not self.ranks.share(path is not None):
             return Metrics(self.directory)
-        meta = load_state(path, self.named | self.biases, self.optimizer)
+        meta = load_state(path, self.named | self.biases, self.optimizer, self.ranks)
         self.masters.publish()
+        passes = meta.get("passes", self.settings.accumulate)
+        self.accumulate, left = divmod(passes, self.ranks.data_size)
+        if left or not self.accumulate:
+            raise UsageProblem(f"an update of this run takes {passes} passes of {self.settings.rows} rows, which "
+                               f"{self.ranks.data_size} data-parallel ranks cannot share evenly; use a divisor")  # fmt: skip
         self.step = meta["step"]
         self.tokens = self._resumed_tokens = meta["tokens"]
         self._resumed_seconds = meta["seconds"]
         self.cursor = Cursor.from_json(meta["cursor"])
-        self.say(f"continuing after step {self.step}")
-        return Metrics(self.directory, meta["metrics"])
+        changed = f", with --accumulate {self.accumulate}" if self.accumulate != self.settings.accumulate else ""
+        self.say(f"continuing after step {self.step}{changed}")
+        metrics = Metrics(self.directory, meta["metrics"])
+        metrics.records = self.ranks.share(metrics.records)
+        return metrics

@@ -32,23 +32,29 @@ class Metrics:
     """An append-only log, one JSON object a line. It holds no clock readings: two runs of one plan write the same bytes.
 
     Args:
-        directory: where `metrics.jsonl` goes.
+        directory: where `metrics.jsonl` goes; None keeps the records in memory only.
         size: bytes to keep of an earlier, interrupted run; what stands behind them is written anew.
     """
 
-    def __init__(self, directory: Path, size: int = 0) -> None:
-        self.path = directory / FILE
-        self.path.touch()
-        os.truncate(self.path, size)
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+    def __init__(self, directory: Path | None, size: int = 0) -> None:
+        self.path = None if directory is None else directory / FILE
+        self.records: list[dict[str, Any]] = []
+        if self.path is not None:
+            self.path.touch()
+            os.truncate(self.path, size)
+            self.records = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+        if self.path is None:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def sync(self) -> int:
         """Make all lines durable; returns the file's size."""
+        if self.path is None:
+            return 0
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size

@@ -131,14 +131,15 @@ def make_optimizer(choice: Choice, masters: Masters, *, kind: Optimizer = "adamw
     those of small parameters in float32. Norms, biases and routers do not decay; routers learn at `rate * router_scale`, the B of
     LoRA experts at `rate * lora_plus` (LoRA+, arXiv:2402.12354). Each group holds `names` beside its `params`, and as `peak`
     its rate before the schedule."""
-    groups: dict[tuple[float, bool], dict[str, torch.Tensor]] = {}
+    groups: dict[tuple[float, bool, object], dict[str, torch.Tensor]] = {}
     for name, master in masters.named.items():
         router = name in choice.routers
         decays = master.ndim > 1 and not name.endswith("bias") and not router
         scale = router_scale if router else lora_plus if name.endswith("lora_B") else 1.0
-        groups.setdefault((scale, decays), {})[name] = master
+        # the fused step takes tensors of one mesh of ranks at once
+        groups.setdefault((scale, decays, getattr(master, "device_mesh", None)), {})[name] = master
     table = [{"params": list(members.values()), "names": list(members), "peak": rate * scale,
-              "weight_decay": weight_decay if decays else 0.0} for (scale, decays), members in groups.items()]  # fmt: skip
+              "weight_decay": weight_decay if decays else 0.0} for (scale, decays, _), members in groups.items()]  # fmt: skip
     if kind == "adamw-8bit":
         from bitsandbytes.optim.adamw import AdamW8bit
 

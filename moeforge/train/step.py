@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..mixture.statistics import Statistics
 from .batch import Batch, forward
 from .losses import token_loss_sum
 from .metrics import load_metrics
+from .ranks import Ranks
 from .routing import Site, forcing
 from .settings import Settings
 
@@ -30,7 +30,7 @@ class Step:
 
     Attributes:
         predicted, real: tokens of the whole step, over micro-batches and ranks.
-        total: the sum of a tensor over ranks.
+        ranks: who else takes part in the step.
         scored: whether routers have probabilities to balance.
         statistics: what is to be told of the routers; None: nothing.
         counts: layer -> [E] tokens that each expert got so far, over ranks.
@@ -41,7 +41,7 @@ class Step:
     settings: Settings
     predicted: float
     real: float
-    total: Callable[[Tensor], Tensor]
+    ranks: Ranks
     scored: bool
     statistics: Statistics | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -58,13 +58,13 @@ class Step:
         """One pass forward and back.
 
         Raises:
-            GateRefused: the loss, or a router's probabilities, are no numbers.
+            GateRefused: the loss, or a router's probabilities, are no numbers, on this rank or another.
         """
         route = self.settings.route
         # the choice holds until the end of backward, where gradient checkpointing makes it again
         with forcing(self.sites, None if route == "config" else route):
             logits, seen = forward(self.model, self.sites, batch)
-            self._check_gates(seen)
+            trouble = self._broken_gate(seen)
             summed = token_loss_sum(logits, batch.labels)
             # every mean is over all tokens of the step, on all ranks, so uneven padding weighs nothing extra
             loss = summed / self.predicted
@@ -79,33 +79,35 @@ class Step:
                 loss = loss + share * terms.layers * self.weights.total(terms)
                 for name in TERMS:
                     self.sums[name] += share * float(getattr(terms, name).detach())
-            if not math.isfinite(float(loss.detach())):
-                raise GateRefused(f"the loss became {float(loss.detach())}")
-            loss.backward()
+            if trouble is None and not math.isfinite(float(loss.detach())):
+                trouble = GateRefused(f"the loss became {float(loss.detach())}")
+            self.ranks.agree(trouble)
+            (loss * self.ranks.scale).backward()
 
     def _terms(self, seen: dict[str, Routing], batch: Batch) -> Terms:
         means = None
         if self.settings.importance:
             self._weighed = self._added(self._weighed, weighed(seen))
-            self._passed = self._passed + self.total(batch.real.sum().double().cpu()).cpu()
+            self._passed = self._passed + self.ranks.total(batch.real.sum().double().cpu()).cpu()
             means = {name: mass / float(self._passed) for name, mass in self._weighed.items()}
         return layer_losses(seen, self.counts, means=means)
 
     def _added(self, so_far: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: so_far.get(name, 0) + self.total(value) for name, value in new.items()}
+        return {name: so_far.get(name, 0) + self.ranks.total(value) for name, value in new.items()}
 
-    def _check_gates(self, seen: dict[str, Routing]) -> None:
+    def _broken_gate(self, seen: dict[str, Routing]) -> GateRefused | None:
         said = {name: routing.probabilities for name, routing in seen.items() if routing.probabilities is not None}
         # a comparison with NaN is false: such a router would hand tokens to nobody, and the loss would look well
         wrong = torch.stack([found.isnan().any() for found in said.values()]).tolist() if said else []
         for name, bad in zip(said, wrong, strict=True):
             if bad:
-                raise GateRefused(f"the probabilities of the router of {name} became nan")
+                return GateRefused(f"the probabilities of the router of {name} became nan")
+        return None
 
     def record(self) -> dict[str, Any]:
         """The step's losses, means over all of its tokens; `routing`, where it is asked for (:func:`load_metrics`)."""
-        summed = self.total(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist()
+        summed = self.ranks.total(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist()
         record: dict[str, Any] = dict(zip(self.sums, summed, strict=True))
         if self.statistics is not None:
-            record["routing"] = load_metrics(self.statistics.over(self.total))
+            record["routing"] = load_metrics(self.statistics.over(self.ranks.total))
         return record

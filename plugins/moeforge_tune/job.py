@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moeforge.pipeline.artifact import Artifact
 from moeforge.train.data import Document, Pool
+from moeforge.train.layout import Layout
 
 from .options import Options
 
@@ -21,5 +22,6 @@ class Job:
     options: Options
     train: tuple[Pool, ...]
     held: tuple[Document, ...]
+    layout: Layout = Layout()
     labels: tuple[str, ...] = ()
     """Names of the labels, by number; empty where they are numbers."""

@@ -78,6 +78,30 @@ class Options:
     save_every: int = opt(
         "save the state for a resume every so many updates as well; 0: on Ctrl-C and at the end", default=0, min=0
     )
+    tp: int = opt(
+        "ranks that cut every matrix among them (tensor parallel); needs torchrun or accelerate launch, as the next three do",
+        default=1,
+        min=1,
+        affects_output=False,
+    )
+    fsdp: int = opt(
+        "ranks among which parameters, gradients and moments lie in shards (FSDP2)",
+        default=1,
+        min=1,
+        affects_output=False,
+    )
+    ep: int = opt(
+        "ranks that own different experts (expert parallel): a multiple of --tp that divides fsdp * tp",
+        default=1,
+        min=1,
+        affects_output=False,
+    )
+    dp_replicate: int | None = opt(
+        "copies of all that, on rows of their own [default: what the ranks leave]",
+        default=None,
+        min=1,
+        affects_output=False,
+    )
     seed: int = opt("order of the documents and which are held out", default=0, min=0)
 
     def __post_init__(self) -> None:
@@ -100,5 +124,6 @@ class Options:
         return 2 if self.optimizer == "adamw-8bit" else 8
 
     @property
-    def tokens_a_step(self) -> int:
-        return self.sequence_length * self.batch_size * self.accumulate
+    def tokens_a_pass(self) -> int:
+        """Of one rank."""
+        return self.sequence_length * self.batch_size

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,12 @@ from moeforge.train.hub_data import pinned
 from moeforge.train.loop import Loop, Result, borders_hold, peak_memory, save_memory
 from moeforge.train.packing import Packer
 from moeforge.train.params import choose, frozen_in
+from moeforge.train.ranks import Ranks, joined
 from moeforge.train.routing import find_sites
 from moeforge.train.settings import Settings
 
 from .job import FOLDER, Job
-from .write import write
+from .write import learnt_values, write
 
 if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint
@@ -41,32 +43,59 @@ if TYPE_CHECKING:
 
 
 def run(plan: Plan, out: Workspace, ctx: Context) -> Written:
-    """See :class:`moeforge_tune.stage.Tune`."""
+    """See :class:`moeforge_tune.stage.Tune`; with several ranks, the first one's part."""
     job: Job = plan.payload
     check_drawing()
     with open_checkpoint(job.src.ref) as source:
-        loop = prepare(job, source, out, ctx)
-        result = loop.run(ctx.bar)
+        with joined(job.layout.world) as ranks:
+            ranks.share(True)
+            loop, result, learnt = train(job, source, ranks, ctx, out)
+        # alone from here on: the other ranks have done their part, and have ended if they like
         with ctx.bar("writing", plan.facts["write_bytes"], "B") as bar:
-            written = write(source, loop, out.path, bar.advance, ctx.check)
+            written = write(source, loop, learnt, out.path, bar.advance, ctx.check)
         plot(result, out.path / FOLDER)
         for state in out.path.glob(f"{States.PREFIX}*"):
             state.unlink()
         return report(job, plan, source, loop, result, written)
 
 
-def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
-    """Model, text and settings of the loop."""
-    from accelerate import Accelerator
+def follow(plan: Plan, ctx: Context) -> None:
+    """The part of every rank but the first: it trains, and writes nothing."""
+    job: Job = plan.payload
+    with open_checkpoint(job.src.ref) as source, joined(job.layout.world) as ranks:
+        if ranks.share(False):
+            train(job, source, ranks, ctx, None)
 
+
+def dismiss() -> None:
+    """Tell the ranks that follow that there is nothing to do."""
+    with joined(None) as ranks:
+        ranks.share(False)
+
+
+def train(job: Job, source: Checkpoint, ranks: Ranks, ctx: Context, out: Workspace | None) -> tuple[Loop, Result, Mapping[str, torch.Tensor]]:  # fmt: skip
+    """The loop when it has run, what it did, and what was learnt: parameter name -> value, on the first rank."""
+    loop = prepare(job, source, ranks, ctx, out)
+    # what stops one rank must stop all, which a bar does not know; the loop asks them
+    bar = ctx.bar if ranks.size == 1 else partial(ctx.progress.bar, check=lambda: None)
+    result = loop.run(bar)
+    return loop, result, learnt_values(loop)
+
+
+def prepare(job: Job, source: Checkpoint, ranks: Ranks, ctx: Context, out: Workspace | None) -> Loop:
+    """Model, text and settings of the loop; states and metrics go to `out`, which only the first rank has."""
     options = job.options
-    accelerator = Accelerator()
-    device = accelerator.device
+    device = ranks.device
     short = options.precision == "bf16" or (options.precision == "auto" and device.type != "cpu")
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(source)
-    model = load(source, dtype=torch.bfloat16 if short else torch.float32, device=device)
-    use_kernels_where_faster(model)
+    if job.layout.sharded:
+        from moeforge.train.engine import load_sharded
+
+        model, ranks = load_sharded(source, job.layout, ranks, short=short)
+    else:
+        model = load(source, dtype=torch.bfloat16 if short else torch.float32, device=device)
+        use_kernels_where_faster(model)
     sites = find_sites(model)
     choice = choose(model, sites, options.train, frozen_in(model))
     if options.preserve and not choice.experts:
@@ -76,13 +105,16 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
     if options.gradient_checkpointing:
         save_memory(model)
     shared = borders_hold(model, sites, model.config.get_text_config().vocab_size)
+    ranks.settle(model)
     if not shared:
         ctx.warn(
             f"{type(model).__name__} cannot keep packed documents apart, so each row holds one and is padded: slower, same result"
         )
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    if ranks.size > 1:
+        where = f"{ranks.size} ranks of {where} ({job.layout})"
     ctx.say(f"{choice.told(sum(p.numel() for p in model.parameters()))}; {'bf16' if short else 'fp32'}, {len(sites)} mixture layers, {where}")  # fmt: skip
-    precise = _precise(source, model) if short else None
+    precise = _precise(source, model, ranks) if model.dtype == torch.bfloat16 else None
 
     def packer(pools: Sequence[Pool], seed: int | None) -> Packer:
         pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
@@ -97,13 +129,15 @@ def prepare(job: Job, source: Checkpoint, out: Workspace, ctx: Context) -> Loop:
         lora_plus=options.lora_plus, route=options.routing,
         evaluate_every=options.evaluate_every, routing_every=options.routing_every, save_every=options.save_every,
     )  # fmt: skip
-    (out.path / FOLDER).mkdir(exist_ok=True)
+    directory = keeper = None
+    if out is not None:
+        directory, keeper = out.path / FOLDER, States(out.path, out.journal)
+        directory.mkdir(exist_ok=True)
     return Loop(model, sites, choice, settings, packer(job.train, options.seed), packer([Pool(job.held)], None) if job.held else None,
-                out.path / FOLDER, precise=precise, keeper=States(out.path, out.journal), check=ctx.check, say=ctx.say,
-                accelerator=accelerator)  # fmt: skip
+                directory, precise=precise, keeper=keeper, check=ctx.check, say=ctx.say, ranks=ranks)  # fmt: skip
 
 
-def _precise(source: Checkpoint, model: Any) -> Any:
+def _precise(source: Checkpoint, model: Any, ranks: Ranks) -> Any:
     """Reads a parameter in float32 however the model holds it."""
     if isinstance(source, ExpertAdapter):
         own = {item.parameter: item for item in own_tensors(model)}
@@ -114,7 +148,7 @@ def _precise(source: Checkpoint, model: Any) -> Any:
         weights.fill([name], torch.float32)
         value = weights.model.get_parameter(name).detach()
         weights.free([name])
-        return value
+        return ranks.part(value, model.get_parameter(name))
 
     return read
 

@@ -16,6 +16,7 @@ from moeforge.train.labels import check_route, labels_of, name_labels, number_la
 
 from .job import Job
 from .options import Options
+from .ranks import lay_out
 
 if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint
@@ -59,6 +60,16 @@ class Tune:
         from moeforge_tune.run import run
 
         return run(plan, out, ctx)
+
+    def follow(self, plan: Plan, ctx: Context) -> None:
+        from moeforge_tune.run import follow
+
+        follow(plan, ctx)
+
+    def dismiss(self) -> None:
+        from moeforge_tune.run import dismiss
+
+        dismiss()
 
 
 def refuse(source: Checkpoint) -> None:
@@ -111,8 +122,9 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     out = written(source)
     learning = {name: info for name, info in out.items() if name not in adapter.frozen} if adapter else out
     trained = count_selected(source.config, learning, options.train, adapter=adapter is not None)
+    layout = lay_out(source, options)
     budget, amount = options.budget
-    per_step = options.tokens_a_step
+    per_step = options.tokens_a_pass * options.accumulate * layout.data
     tokens = None if budget == "minutes" else int(amount * (per_step if budget == "steps" else 1))
     available = sum(document.size for document in documents) // BYTES_PER_TOKEN
     warnings = []
@@ -147,7 +159,8 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
             sum(info.size for info in learning.values()) if trained is None else trained,
             short=options.precision == "bf16",
             rows=options.batch_size,
-            tokens=options.sequence_length * options.batch_size,
+            tokens=options.tokens_a_pass,
+            shards=layout.shards,
             checkpointing=options.gradient_checkpointing,
             moments=options.moment_bytes,
         ),
@@ -160,5 +173,5 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
         tensors={name: (info.dtype, info.shape) for name, info in out.items()},
         facts={name: value for name, value in facts.items() if value is not None},
         warnings=tuple(warnings),
-        payload=Job(src, options, tuple(train), tuple(held), tuple(labels)),
+        payload=Job(src, options, tuple(train), tuple(held), layout, tuple(labels)),
     )  # fmt: skip

@@ -17,13 +17,13 @@ from moeforge.train.export import trained_adapter_ops, trained_ops
 from moeforge.train.loop import Loop
 
 
-def write(source: Checkpoint, loop: Loop, directory: Path, on_bytes: Callable[[int], None], check: Callable[[], None]) -> WrittenCheckpoint:  # fmt: skip
+def write(source: Checkpoint, loop: Loop, learnt: Mapping[str, torch.Tensor], directory: Path, on_bytes: Callable[[int], None],
+          check: Callable[[], None]) -> WrittenCheckpoint:  # fmt: skip
     """Write the source again with what was learnt in place of what it held; of an adapter nothing but its own.
 
     No journal: a plan does not tell learnt weights from those of another attempt (another thread count), so a run that died while
     writing writes them all again, from the state that the loop left.
     """
-    learnt = learnt_values(loop)
     if isinstance(source, ExpertAdapter):
         write_settings(directory, source.settings_at(directory))
         ops = trained_adapter_ops(source, loop.model, learnt)
@@ -34,7 +34,9 @@ def write(source: Checkpoint, loop: Loop, directory: Path, on_bytes: Callable[[i
 
 
 def learnt_values(loop: Loop) -> Mapping[str, torch.Tensor]:
-    """Parameter name -> value, for all that learnt; a tied parameter has several names, and the source may hold a tensor for each."""
-    masters = {id(param): master for param, master in loop.masters.pairs.values()}
-    return {name: masters[id(param)] for name, param in loop.model.named_parameters(remove_duplicate=False)
-            if id(param) in masters} | loop.biases  # fmt: skip
+    """Parameter name -> whole value, for all that learnt, on the first rank; nothing on the others, which must ask as well. A tied
+    parameter has several names, and the source may hold a tensor for each."""
+    whole = {id(param): loop.ranks.gathered(master) for param, master in loop.masters.pairs.values()}
+    found = {name: whole[id(param)] for name, param in loop.model.named_parameters(remove_duplicate=False)
+             if id(param) in whole} | {name: loop.ranks.gathered(bias) for name, bias in loop.biases.items()}  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}

@@ -130,9 +130,9 @@ from test_adapter_loop import ALL_LOSSES, adapted, make, trained
 
 loop = make(adapted(make_model("llama"), torch.float32), Path(sys.argv[1]) / os.environ["RANK"], (9, 17, 5, 12),
             rows=2, **ALL_LOSSES)
-assert loop.accelerator.num_processes == 2
+assert loop.ranks.size == 2
 found = trained(loop)
-if loop.accelerator.is_main_process:
+if loop.ranks.main:
     torch.save(found, Path(sys.argv[1]) / "out.pt")
 # experts without a token have gradients too: the wrapper would refuse its second pass otherwise
 wrapped = DistributedDataParallel(adapted(make_model("llama"), torch.float32, top_k=1, renormalise=False))

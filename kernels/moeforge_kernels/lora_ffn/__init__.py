@@ -5,12 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend, Op, always
+from ..dispatch import Backend, Op, always, triton_lacks
 from ..pairs import Pairs
+from .cpu import unlike_ranks
 from .cpu import why_not as _cpu_lacks
+
+RANK_BYTES = 256
+"""Of one row of ranks that the Triton kernels take in one step: 128 of 16 bits, 64 of float32."""
+
+
+def _triton_lacks(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Tensor | None, pairs: Pairs, b_gate: Tensor | None,
+                  b_up: Tensor | None, a_down: Tensor | None, scale: Tensor, **_: object) -> str | None:  # fmt: skip
+    deltas = [tensor for tensor in (b_gate, b_up, a_down) if tensor is not None]
+    if (reason := triton_lacks(up, gate)) is not None or not deltas:
+        return reason
+    if (reason := triton_lacks(*deltas) or unlike_ranks(low_gate, low_up, a_down)) is not None:
+        return reason
+    rank, kind = deltas[0].shape[2] if a_down is None else a_down.shape[1], deltas[0].dtype
+    if rank * kind.itemsize > RANK_BYTES:
+        return (
+            f"the kernels take all ranks in one step, {RANK_BYTES // kind.itemsize} of {kind} at most; here are {rank}"
+        )
+    return None
+
 
 OP = Op(
     "lora_ffn",
+    Backend("triton", "lora_ffn.triton:lora_ffn", _triton_lacks),
     Backend("cpu", "lora_ffn.cpu:lora_ffn", _cpu_lacks),
     Backend("blocked", "lora_ffn.blocked:lora_ffn", always),
     Backend("grouped", "lora_ffn.grouped:lora_ffn", always),
@@ -35,7 +56,7 @@ def lora_ffn(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: T
         low_gate, low_up: [P, r], rows of pairs; None: that map has no deltas.
         b_gate, b_up: [E, F, r]. a_down: [E, r, F]. None likewise.
         scale: [E] float32, without gradient; the down-delta's is not applied here.
-        backend: default: `cpu` where it can, else `blocked`, or `grouped` under torch.compile.
+        backend: default: `triton` or `cpu` where they can, else `blocked`, or `grouped` under torch.compile.
 
     Returns:
         mixed [T, F] in up's dtype; low_down [P, r], zero for empty pairs, or None. Differentiable in everything but scale.
@@ -44,5 +65,5 @@ def lora_ffn(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: T
         ValueError: a backend is asked for that there is not, or that cannot run this.
     """
     given = (gate, up, low_gate, low_up, pairs, b_gate, b_up, a_down, scale)
-    default = "grouped" if torch.compiler.is_compiling() and _cpu_lacks(*given) else None
+    default = "grouped" if torch.compiler.is_compiling() and _triton_lacks(*given) and _cpu_lacks(*given) else None
     return OP.choose(backend, *given, default=default).function(*given, activation=activation, rest=rest)

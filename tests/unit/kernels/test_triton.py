@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-OPS = [word for op in ("grouped_gemm", "combine", "expert_ffn", "expert_gemv") for word in ("--op", op)]
+OPS = [word for op in ("grouped_gemm", "combine", "expert_ffn", "expert_gemv", "lora_ffn") for word in ("--op", op)]
 SCRIPT = ROOT / "tests/benchmarks/kernels/agreement.py"
 
 pytest.importorskip("triton")
@@ -31,6 +31,7 @@ def test_the_kernels_agree_with_the_reference_in_float32():
         "combine",
         "expert_ffn",
         "expert_gemv",
+        "lora_ffn",
     }
     assert [row for row in found if not row.get("fits") and "refused" not in row] == []
     assert {row["op"].split(",")[0] for row in found if "refused" in row} == {"expert_gemv"}
@@ -50,6 +51,15 @@ def test_the_kernels_agree_with_the_reference_in_16_bits(dtype):
     )
     assert len(found) >= 15
     assert [row for row in found if not row.get("fits") and "refused" not in row] == []
+
+
+@pytest.mark.slow
+def test_lora_ffn_under_the_interpreter():
+    script = Path(__file__).with_name("lora_ffn_interpreted.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parent)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
 
 
 def test_without_a_gpu_or_the_interpreter_triton_says_so():
@@ -85,10 +95,37 @@ for a, b in zip(torch.autograd.grad(plain, leaves, seed), torch.autograd.grad(co
 """
 
 
+LORA = """
+import torch
+from moeforge_kernels.lora_ffn import lora_ffn, triton
+from moeforge_kernels.pairs import pairs_from_slots
+
+torch.manual_seed(0)
+triton.COLUMNS = 96  # so that 150 columns take two launches, the first of which cuts them into tiles
+index = torch.rand(20, 4).topk(2).indices
+shapes = ((20, 150), (20, 150), (40, 5), (40, 5), (4, 150, 5), (4, 150, 5), (4, 5, 150))
+leaves = [torch.rand(20, 2).requires_grad_(), *(torch.randn(*shape).requires_grad_() for shape in shapes)]
+
+def run(which, weight, gate, up, low_gate, low_up, b_gate, b_up, a_down):
+    pairs = pairs_from_slots(index, weight, 4)
+    return lora_ffn(gate, up, low_gate, low_up, pairs, b_gate, b_up, a_down, torch.tensor([0.5, 1, 2, 3]), activation="silu", rest=True, backend=which)
+
+def answers(run, leaves):
+    outs = run(*leaves)
+    seeds = [torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype) for out in outs]
+    return *outs, *torch.autograd.grad(outs, leaves, seeds)
+
+plain = answers(lambda *leaves: run("triton", *leaves), leaves)
+compiled = answers(torch.compile(lambda *leaves: run("triton", *leaves), fullgraph=True, backend="aot_eager"), leaves)
+true = answers(lambda *leaves: run("reference", *leaves), [leaf.detach().double().requires_grad_() for leaf in leaves])
+for one, two, other in zip(plain, compiled, true, strict=True):
+    assert torch.equal(one, two) and (one - other).abs().max() <= 1e-5 * other.abs().max() and other.abs().max() > 0
+"""
+
+
 @pytest.mark.slow
-def test_the_kernels_are_single_nodes_of_a_compiled_graph():
+@pytest.mark.parametrize("script", [COMPILED, LORA], ids=["expert_ffn", "lora_ffn"])
+def test_the_kernels_are_single_nodes_of_a_compiled_graph(script):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 INDEX = {"Expert": "i32", "Row": "i32", "Offsets": "i32", "Token": "i64", "ByToken": "i64", "Lengths": "i64", "Index": "i64", "Order": "i64",
-         "Before": "i32", "Counts": "i32", "Real": "i8"}  # fmt: skip
-FLOAT32 = {"Weight", "ToWeight", "Dots"}
+         "Before": "i32", "Counts": "i32", "Real": "i8", "Ends": "i64"}  # fmt: skip
+FLOAT32 = {"Weight", "ToWeight", "Dots", "Scale", "Share", "LowDown", "ToLowGate", "ToLowUp", "Alone"}
 DATA = {
     "A",
     "B",
@@ -30,12 +30,17 @@ DATA = {
     "Up",
     "Down",
     "Logits",
+    "Gate",
+    "OutGate",
+    "OutUp",
 }
 UNIT = {"a_depth", "w_depth", "grad_depth", "a_column", "b_column", "x_column", "grad_column", "column"}
+DELTAS = {"LowGate", "LowUp", "BGate", "BUp", "ADown", "GradLow", "Hidden", "ToGate", "ToUp"}
 
 
-def shared(kernel, dtype, capability, warps, stages, **constants):
-    """Bytes of shared memory that the compiled program takes; pointers and strides aligned, inner strides 1, as they are at run time."""
+def shared(kernel, dtype, capability, warps, stages, *, deltas=None, **constants):
+    """Bytes of shared memory that the compiled program takes; pointers and strides aligned, inner strides 1, as they are at run time.
+    `deltas`: another type than `dtype` for what LoRA's deltas make. A pointer that is None is a constant, as it is at run time."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -46,6 +51,8 @@ def shared(kernel, dtype, capability, warps, stages, **constants):
             signature[name], fixed[(at,)] = "constexpr", constants.get(name, 1)
             continue
         kind = INDEX.get(name) or ("fp32" if name in FLOAT32 else dtype if name in DATA else None)
+        if name in DELTAS:
+            kind = deltas or dtype
         signature[name] = "i32" if kind is None else f"*{kind}"
         aligned[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
@@ -91,6 +98,7 @@ def main(capability, limit):
         shared(combine._spread, dtype, capability, 4, 3, NEEDS_Y=True, N=1024)
         shared(gemv._up, dtype, capability, 4, 3, ACT="silu", GATED=True, BIAS=True, N=gemv.ROWS, K=gemv.DEPTH)
         shared(gemv._down, dtype, capability, 4, 3, SLOTS=8, BIAS=True, N=gemv.ROWS, K=gemv.DEPTH)
+        lora(dtype, capability, limit)
         shared(
             routing._choose,
             dtype,
@@ -107,6 +115,32 @@ def main(capability, limit):
         )
     shared(tiles._place, "bf16", capability, 4, 3, SIZE=128, WIDE=256, PROGRAM=32)
     shared(routing._place, "bf16", capability, 4, 3, SLOTS=8, T=32, E=128)
+
+
+def lora(dtype, capability, limit):
+    """The kernels of lora_ffn: every map and the largest rank; only what is left of them where maps are absent and nobody asks."""
+    from moeforge_kernels.lora_ffn import RANK_BYTES, mixing, rows
+    from moeforge_kernels.lora_ffn import triton as lora_ffn
+
+    other = {"bf16": "fp32", "fp32": "bf16"}[dtype]
+    ones = dict.fromkeys(("r", "pairs", "experts"), 1)  # an integer that is 1 is a constant too
+    tile = dict(ACT="gelu_tanh", M=lora_ffn.TALL, N=lora_ffn.WIDE)
+    largest = RANK_BYTES // (2 if dtype == "bf16" else 4)
+    for kernel in (rows.forward, rows.backward):
+        took = shared(kernel, dtype, capability, 8, 3, R=largest, **tile)
+        assert took <= limit, f"{kernel.__name__} {dtype}: {took} bytes of shared memory, the device has {limit}"
+        few = {
+            n: None
+            for n in ("Gate", "LowGate", "BGate", "LowUp", "BUp", "ToLowGate", "ToLowUp")
+            if n in kernel.arg_names
+        }
+        shared(kernel, dtype, capability, 8, 3, R=16, **tile, **few)
+        shared(kernel, dtype, capability, 8, 3, R=16, ADown=None, deltas=other, **tile, **ones)
+    slots = dict(ACT="silu", N=lora_ffn.COLUMNS, SLOTS=2, Ends=None, Share=None, Gate=None)
+    shared(mixing.forward, dtype, capability, 4, 3, **slots)
+    shared(mixing.backward, dtype, capability, 4, 3, OutUp=None, OutGate=None, Alone=None, **slots)
+    for kernel in (mixing.forward, mixing.backward):
+        shared(kernel, dtype, capability, 4, 3, ACT="silu", N=lora_ffn.COLUMNS, SLOTS=0, deltas=other)
 
 
 @pytest.mark.slow

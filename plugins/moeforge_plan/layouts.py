@@ -191,7 +191,9 @@ def rules(layout: Layout, *, experts: int, heads: int, kv_heads: int, layers: in
 
 
 def divisors(number: int) -> list[int]:
-    return [i for i in range(1, number + 1) if number % i == 0]
+    """In ascending order."""
+    low = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    return low + [number // i for i in reversed(low) if i * i != number]
 
 
 def megatron(world: int, *, experts: int, node: int, cp: bool) -> Iterator[Layout]:

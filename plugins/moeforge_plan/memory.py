@@ -57,36 +57,42 @@ def stage(shape: Shape, pp: int) -> tuple[int, int]:
 
 def params(shape: Shape, layout: Layout) -> Params:
     """Every parameter of the model."""
-    common = shape.shared + shape.hidden * shape.experts
-    return _spread(shape, layout, shape.attention, common, shape.dense_ffn, shape.expert,
-                   shape.vocab * shape.hidden if layout.pp > 1 else shape.embeddings)  # fmt: skip
+    embeddings = shape.vocab * shape.hidden if layout.pp > 1 else shape.embeddings
+    return _spread(
+        shape,
+        layout,
+        shape.attention,
+        shape.shared,
+        shape.dense_ffn,
+        shape.expert,
+        embeddings,
+        shape.hidden * shape.experts,
+    )
 
 
 def adapters(shape: Shape, layout: Layout, rank: int) -> Params:
-    """LoRA of `rank` beside every linear map: rank x (in + out) parameters each."""
+    """LoRA of `rank` beside every linear map but the routers: rank x (in + out) parameters each."""
     h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
     def ffn(width: int) -> int:
         return shape.matrices * (h + width) * rank if width else 0
 
-    return _spread(
-        shape,
-        layout,
-        2 * rank * (2 * h + q + kv),
-        ffn(shape.shared_width),
-        ffn(shape.dense_width),
-        ffn(shape.expert_width),
-        0,
-    )
+    shared, dense, expert = ffn(shape.shared_width), ffn(shape.dense_width), ffn(shape.expert_width)
+    return _spread(shape, layout, 2 * rank * (2 * h + q + kv), shared, dense, expert, 0, 0)
 
 
 def _spread(
-    shape: Shape, layout: Layout, attention: int, common: int, dense_ffn: int, expert: int, embeddings: int
+    shape: Shape, layout: Layout, attention: int, shared: int, dense_ffn: int, expert: int, embeddings: int, router: int
 ) -> Params:
+    """Sizes of a layer's parts on the ranks: TP cuts all but routers."""
     sparse, dense = stage(shape, layout.pp)
-    layer = (attention + max(common if sparse else 0, dense_ffn if dense else 0)) / layout.tp
+    layer = (attention + max(shared if sparse else 0, dense_ffn if dense else 0)) / layout.tp + (
+        router if sparse else 0
+    )
     unit = shape.experts * expert / (layout.etp * layout.ep)
-    total = ((sparse + dense) * attention + sparse * common + dense * dense_ffn + embeddings) / layout.tp
+    total = (
+        (sparse + dense) * attention + sparse * shared + dense * dense_ffn + embeddings
+    ) / layout.tp + sparse * router
     return Params(total, sparse * unit, layer, unit)
 
 

@@ -35,12 +35,12 @@ UNCOUNTED = 0.02
 class Options(Reading):
     model: str = arg("a directory, a GGUF file, a Hub id, or a config.json alone; only headers are read; left out: the reference on stdin",
                      default="-")  # fmt: skip
-    gpus: int = opt("how many GPUs", default=8, min=1)
+    gpus: int = opt("how many GPUs", default=8, min=1, max=1_000_000)
     gpu: str | None = opt(
         f"which: {', '.join(hardware())}, or {LOCAL} for what --calibrate measured here [default: h100]", default=None
     )
-    seq: int = opt("length of a sequence", default=4096, min=1, unit="tokens")
-    global_batch: int = opt("sequences of one update, over all GPUs", default=256, min=1)
+    seq: int = opt("length of a sequence", default=4096, min=1, max=1_000_000_000, unit="tokens")
+    global_batch: int = opt("sequences of one update, over all GPUs", default=256, min=1, max=1_000_000_000)
     micro_batch: int | None = opt(
         "sequences of one forward pass [default: what suits each layout]", default=None, min=1
     )

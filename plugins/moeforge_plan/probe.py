@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from moeforge.errors import MachineLacks
 from moeforge.pipeline.context import Context
 
-REPEATS = 7
+REPEATS = 15
 CPU_RANKS = 2
 PATIENCE_S = 300.0
 
@@ -128,7 +127,7 @@ def _measured(device: Any, ranks: int) -> dict[str, Any]:
 
 
 def _seconds(work: Callable[[], Any], device: Any) -> float:
-    """Median of a few runs that every rank begins at once."""
+    """The least of some runs that every rank begins at once: what disturbs a run only makes it longer."""
     import torch
     import torch.distributed as dist
 
@@ -145,19 +144,18 @@ def _seconds(work: Callable[[], Any], device: Any) -> float:
         work()
         wait()
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(a, b) of seconds = a + b * size with the least sum of squared relative errors; a is not below 0, b above it."""
+    """(a, b) of seconds = a + b * size with the least sum of squared relative errors; a is not below 0, b above it: where no such
+    line is the best one (a disturbed machine), the best through the origin."""
     weights = [(1 / s**2, x, s) for x, s in points]
     w, wx, wy = (sum(v) for v in zip(*((w, w * x, w * s) for w, x, s in weights), strict=True))
     wxx, wxy = (sum(v) for v in zip(*((w * x * x, w * x * s) for w, x, s in weights), strict=True))
     slope = (w * wxy - wx * wy) / (w * wxx - wx * wx)
     first = (wy - slope * wx) / w
-    if slope <= 0:
-        raise ValueError(f"larger sizes took no longer: {points}")
-    return (first, slope) if first > 0 else (0.0, wxy / wxx)
+    return (first, slope) if first >= 0 and slope > 0 else (0.0, wxy / wxx)
 
 
 def line(seconds: dict[int, float]) -> dict[str, Any]:

@@ -8,11 +8,15 @@ from typing import Any
 
 from moeforge.checkpoint.anatomy import TOP_K, Anatomy, plain_config
 from moeforge.checkpoint.architectures import EXPERT_COUNTS, architecture, known
+from moeforge.checkpoint.dense_config import MAX_LAYERS
 from moeforge.errors import BadInput
 
 SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
 EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
+SIZE = 10**9
+LARGEST = {"num_hidden_layers": MAX_LAYERS, "num_experts": 10**5}
+"""Above these a number is a typing error, and what is counted layer by layer would hang on it."""
 DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 
 
@@ -152,6 +156,7 @@ def _mixture(settings: Mapping[str, Any], layers: int, found: Anatomy | None) ->
     experts = _count(settings, EXPERT_COUNTS)
     if experts < 2:
         return 0, 0, 0, 0, 0
+    experts = _size({"num_experts": experts}, "num_experts")
     top_k = _count(settings, TOP_K)
     if not 1 <= top_k <= experts:
         raise BadInput(
@@ -167,16 +172,17 @@ def _sparse_layers(settings: Mapping[str, Any], layers: int) -> int:
     """How many layers have experts, by the keys that model families use for it."""
     first = _count(settings, DENSE_FIRST)
     every = max(1, _count(settings, ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_step")))
-    if isinstance(settings.get("moe_layer_freq"), list):
-        return sum(map(bool, settings["moe_layer_freq"]))
-    only = settings.get("mlp_only_layers") or []
-    return sum(i >= first and (i + 1) % every == 0 and i not in only for i in range(layers)) or layers
+    listed, only = settings.get("moe_layer_freq"), settings.get("mlp_only_layers")
+    if isinstance(listed, list):
+        return min(layers, sum(map(bool, listed))) or layers
+    dense = only if isinstance(only, list) else []
+    return sum(i >= first and (i + 1) % every == 0 and i not in dense for i in range(layers)) or layers
 
 
 def _count(settings: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """The first of the keys that holds a number, or 0."""
+    """The first of the keys that holds a whole number, or 0."""
     return next(
-        (int(settings[k]) for k in keys if isinstance(settings.get(k), int | float) and settings[k] is not True), 0
+        (value for key in keys if isinstance(value := settings.get(key), int) and not isinstance(value, bool)), 0
     )
 
 
@@ -185,4 +191,6 @@ def _size(settings: Mapping[str, Any], key: str, default: int | None = None) -> 
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise BadInput(f"config.json: {key} = {value!r}; plan needs a whole number from 1 on")
+    if value > LARGEST.get(key, SIZE):
+        raise BadInput(f"config.json: {key} = {value}; no model has more than {LARGEST.get(key, SIZE)}")
     return value

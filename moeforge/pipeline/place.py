@@ -21,7 +21,9 @@ from .disk import sync_directory
 from .journal import JOURNAL, Journal
 
 Kind = Literal["directory", "file"]
-PAGE = b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="moeforge">\n'
+PAGE = (
+    b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="moeforge">\n'
+)
 """How a page of ours begins."""
 MAX_RECEIPT = 1 << 20
 """Bytes; a larger file is none of ours, and is not read to find out."""

@@ -78,7 +78,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         else:
             children = dict(block.named_children())
             routers = [child for child in children.values() if _is_router(child)]
-            banks = [child for child in children.values() if any(p.ndim == 3 for p in child.parameters(recurse=False))]
+            banks = _banks(children)
             if len(routers) == 1 and len(banks) == 1:
                 router: Any = routers[0]
                 weight = next(p for p in router.parameters(recurse=False) if p.ndim == 2)
@@ -97,6 +97,12 @@ def _is_router(module: nn.Module) -> bool:
     return isinstance(getattr(module, "top_k", None), int) and any(
         p.ndim == 2 for p in module.parameters(recurse=False)
     )
+
+
+def _banks(children: dict[str, nn.Module]) -> list[nn.Module]:
+    """Experts are stacked in parameters of three axes; where they are compressed there are none, and the name tells them."""
+    stacked = [child for child in children.values() if any(p.ndim == 3 for p in child.parameters(recurse=False))]
+    return stacked or [child for name, child in children.items() if name == "experts"]
 
 
 def _scoring(router: nn.Module) -> Score:

@@ -96,9 +96,9 @@ def _load(record: Mapping[str, Any], title: str) -> dict[str, Any]:
         TypeError, ValueError: not of that shape.
     """
     load = shares(record["load"])
-    sites = record.get("sites") or [f"mixture {row}" for row in range(len(load))]
+    sites = record.get("sites", [f"mixture {row}" for row in range(len(load))])
     found: dict[str, Any] = {"title": title, "load": load, "sites": [str(name) for name in sites]}
-    found["entropy"] = [None if nats is None else _number(nats) for nats in record.get("entropy") or [None] * len(load)]
+    found["entropy"] = [None if nats is None else _number(nats) for nats in record.get("entropy", [None] * len(load))]
     if "by_label" in record:
         found["by_label"] = [shares(rows) for rows in record["by_label"]]
     for name in ("sites", "entropy", "by_label"):

@@ -22,6 +22,7 @@ class Scale:
         kind: `plain` runs from `low` to `high`; `ratio` is logarithmic around 1, from 1 / high to high.
         label: what is measured, with its unit.
         unit: behind a value.
+        clipped: whether there are values above `high`.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Scale:
     low: float = 0.0
     kind: Literal["plain", "ratio"] = "plain"
     unit: str = ""
+    clipped: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .markup import Markup, join, tag
+from .markup import Markup, tag
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 60, 16, 14, 46
 POINTS = 600
 """A curve of more is thinned: they would lie on one pixel."""
+
+MARKED = 40
+"""Held-out losses that still have room for a mark each."""
 
 Curve = Sequence[Sequence[float]]
 """[step, loss] pairs."""
@@ -48,7 +51,7 @@ def loss_chart(steps: Curve, held_out: Curve) -> Markup:
     )
     window = max(len(steps) // 20, 1)
     curves = [line(steps, "step-loss"), line(_means(steps, window), "mean-loss"), line(held_out, "held-loss")]
-    for step, loss in _thinned(held_out):
+    for step, loss in held_out if len(held_out) <= MARKED else ():
         x, y = at(step, loss)
         told = f"held out, step {step:g}: {loss:.4f}"
         curves.append(tag("circle", tag("title", told), class_="held-point", cx=x, cy=y, r=4))
@@ -62,7 +65,7 @@ def loss_chart(steps: Curve, held_out: Curve) -> Markup:
     ]
     shown = [key for key, curve in zip(keys, (steps, steps if window > 1 else (), held_out), strict=True) if curve]
     legend = tag("p", *(tag("span", tag("i", class_=f"key {name}"), told) for name, told in shown), class_="legend")
-    return tag("figure", join([picture, legend]))
+    return tag("figure", tag("div", picture, class_="canvas"), legend)
 
 
 def _axis(low: float, high: float) -> list[float]:

@@ -56,7 +56,7 @@
   function ramp(scale) {
     const ticks = scale.kind === "ratio"
       ? [`≤ ${told(1 / scale.high)}`, told(1 / Math.sqrt(scale.high)), "1", told(Math.sqrt(scale.high)), `≥ ${told(scale.high)}`]
-      : [0, 0.5, 1].map((part) => told(scale.low + part * (scale.high - scale.low)));
+      : [0, 0.5, 1].map((part) => (scale.clipped && part === 1 ? "≥ " : "") + told(scale.low + part * (scale.high - scale.low)));
     const strip = el("i", {});
     const paint = () => { strip.style.background = `linear-gradient(90deg, ${stopsOf(scale).join(", ")})`; };
     redraws.push(paint);

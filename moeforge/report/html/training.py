@@ -12,6 +12,8 @@ from .markup import Markup, fold, join, number, table, tag
 
 CELLS = 60_000
 """Of the heat maps of one section together; measurements beyond them are in `--json`."""
+BUSY = 4.0
+"""Times its even share from which on an expert has the last colour."""
 HELD_OUT = 200
 """Rows of the table of held-out losses."""
 
@@ -40,7 +42,9 @@ def load_section(training: Mapping[str, Any] | None, tokens: Mapping[str, Any] |
             {"title": title, "load": tokens["load"], "sites": tokens["sites"], "entropy": [None] * len(tokens["load"])},
         )
     maps = list(within((_load_map(load) for load in ordered), CELLS))
-    scale = Scale("load relative to an even share", max(2.0, top(one.values for one in maps)), unit="×")
+    most = top(one.values for one in maps)
+    # a single expert with ten times its share would leave all others one colour
+    scale = Scale("load relative to an even share", min(max(2.0, most), BUSY), unit="×", clipped=most > BUSY)
     caption = "How much of a layer's work each expert gets. 1 is an even share; 0 is an idle expert."
     picture = heat_map("load-map", maps, scale, row="layer", column="expert", choice="measured on", caption=caption)
     return join([beside(picture, _load_table(ordered[0]), maps), _more(len(maps), len(ordered), "measurements")])

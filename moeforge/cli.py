@@ -11,7 +11,9 @@ import errno
 import importlib.util
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,11 @@ from . import __version__, registry
 from .errors import ExitCode, MoeforgeError, UsageProblem, one_line
 from .launch import COMMON
 from .options import specs
+from .pipeline.ranks import here
 from .verb import Verb, check_names
+
+PATIENCE_S = 5
+"""How long a process that is not the first of several waits for that one to say what went wrong."""
 
 
 @contextlib.contextmanager
@@ -192,6 +198,14 @@ def _ending(verb: str, error: BaseException) -> int:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return error.exit_code
+    rank = here()
+    if rank.silent and isinstance(error, MoeforgeError | click.ClickException):
+        # the first process says the same; the launcher ends it as soon as this one has ended, so it is given time to
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE_S)
+        return error.exit_code if isinstance(error, MoeforgeError) else ExitCode.USAGE
+    if rank.index:
+        verb = f"{verb} (rank {rank.index})"
     if "--debug" in sys.argv:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):

@@ -16,7 +16,8 @@ from .options import Spec, build, did_you_mean, opt, read_toml, specs
 from .pipeline.artifact import Artifact, as_line, locate, parse_line
 from .pipeline.context import Context
 from .pipeline.noise import tamed
-from .pipeline.progress import Progress
+from .pipeline.progress import Progress, mute
+from .pipeline.ranks import here
 from .pipeline.stage import Bound, is_stage, page_of
 from .registry import Entry
 
@@ -201,13 +202,36 @@ def launch(verb: Command, given: dict[str, Any]) -> int:
         if taken and any(repr(word) in str(error) for word in positional.values()):
             raise UsageProblem(f"{error}; no SRC was given before it{taken}") from error
         raise
-    progress = Progress(verb.entry.name, chosen.common.progress, chosen.common.quiet)
-    ctx = Context(verb.entry.name, progress, pipeline.home(), resumes=verb.is_stage, _reader_check=reader_alive)
+    rank = here()
+    if rank.world > 1:
+        _check_team(verb, words, rank.world)
+    # of several ranks the first one talks
+    progress = Progress(verb.entry.name, chosen.common.progress, chosen.common.quiet, mute() if rank.index else None)
+    ctx = Context(
+        verb.entry.name,
+        progress,
+        pipeline.home(),
+        resumes=verb.is_stage,
+        _reader_check=None if rank.index else reader_alive,
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stopper(ctx))
     sources = [source(word, verb.entry.name, taken) for word in words]
     with tamed(progress):
         return _stage(verb, chosen, sources[0], ctx) if verb.is_stage else _query(verb, chosen, sources, ctx)
+
+
+def _check_team(verb: Command, words: list[str | None], world: int) -> None:
+    """Refuse, under a launcher of several processes, what only one can do.
+
+    Raises:
+        UsageProblem: says which.
+    """
+    name = verb.entry.name
+    if not hasattr(verb.stage, "follow"):
+        raise UsageProblem(f"{name} runs in one process, and a launcher started {world}; start it without one")
+    if any(word in (None, "-") for word in words):
+        raise UsageProblem(f"{name}: {world} processes cannot all read SRC from stdin; name it on the command line")
 
 
 def _query(verb: Command, chosen: Chosen, sources: list[Artifact], ctx: Context) -> int:
@@ -231,13 +255,18 @@ def _query(verb: Command, chosen: Chosen, sources: list[Artifact], ctx: Context)
 
 def _stage(verb: Command, chosen: Chosen, src: Artifact, ctx: Context) -> int:
     from .pipeline.describe import describe_outcome, describe_plan
-    from .pipeline.run import Request, plan_stage, run_stage
+    from .pipeline.run import Request, follow_stage, plan_stage, run_stage
 
     common, progress = chosen.common, ctx.progress
     as_json = common.json or not sys.stdout.isatty()
     owners = tuple(e.distribution for e in (verb.entry, verb.method_entry) if e is not None)
     request = Request(verb.stage, chosen.options, chosen.method, common.output, common.force, owners)
-    if common.dry_run or src.kind == "plan":
+    planned = common.dry_run or src.kind == "plan"
+    if here().index:
+        if not planned:
+            follow_stage(request, src, ctx)
+        return 0
+    if planned:
         plan = plan_stage(request, src)
         for warning in plan.warnings:
             progress.warn(warning)

@@ -7,6 +7,7 @@ Without a terminal a line appears at most every 30 s. `--progress json` writes o
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,11 @@ DRAW_INTERVAL_S = 0.1
 POLL_INTERVAL_S = 0.2
 
 Style = Literal["auto", "bar", "lines", "json", "none"]
+
+
+def mute() -> TextIO:
+    """A stream that nobody reads, for a process whose peer says the same."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 class Progress:

@@ -23,7 +23,7 @@ class Rank:
 
     @property
     def silent(self) -> bool:
-        """Whether another process of this machine says the same."""
+        """Whether another process of this machine meets the same errors of use and says so."""
         return self.index > 0 and self.local > 0
 
 

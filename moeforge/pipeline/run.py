@@ -20,6 +20,7 @@ from .disk import disk_errors
 from .journal import JOURNAL
 from .manifest import build_manifest, run_key, whole
 from .place import file_kind, keep_apart, tidy
+from .ranks import here
 from .stage import Bound, is_stage
 from .workspace import claim, touch_manifest
 
@@ -161,6 +162,7 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
             with contextlib.suppress(FileNotFoundError):
                 tidy(output)
                 touch_manifest(output)
+                _dismiss(stage)
                 return Outcome(locate(str(output)), manifest, reused=True)
 
     plan = stage.plan(src, request.options, method)
@@ -173,6 +175,7 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
         if space.manifest is not None:
             ctx.say(f"{output} was complete but for its name; nothing is made again")
             space.publish(force)
+            _dismiss(stage)
             return Outcome(locate(str(output)), space.manifest, reused=False)
         if space.resumed:
             ctx.say(f"resuming {output}: {len(space.journal.finished)} finished files are kept")
@@ -199,6 +202,18 @@ def run_stage(request: Request, src: Artifact, ctx: Context) -> Outcome:
                                   seconds=time.monotonic() - started, resumed=space.resumed)  # fmt: skip
         space.finish(manifest, force)
     return Outcome(locate(str(output)), manifest, False, written.notes)
+
+
+def follow_stage(request: Request, src: Artifact, ctx: Context) -> None:
+    """The part of a rank that is not the first: the same plan, and nothing of the output."""
+    ready = _prepare(request, src, ctx.home)
+    request.stage.follow(request.stage.plan(ready.src, request.options, ready.method), ctx)
+
+
+def _dismiss(stage: Any) -> None:
+    """Tell the ranks that follow that there is nothing to do."""
+    if here().world > 1:
+        stage.dismiss()
 
 
 def absolute(output: Path) -> Path:

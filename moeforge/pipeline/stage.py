@@ -66,6 +66,14 @@ class Stage(Protocol):
     are part of the run's key: a change in them is another run, never "already done" and never a resume. It is called
     before `plan`; without it nothing but SRC, the method's `parents` and the options is assumed to matter. Options that
     name such files are declared with `opt(..., reads=True)`, so that the output cannot be put over them.
+
+    A stage that several processes of a launcher (torchrun, accelerate launch) can do together has
+
+        def follow(self, plan: Plan, ctx: Context) -> None: ...
+        def dismiss(self) -> None: ...
+
+    The first process calls `run`, all others `follow`, which writes nothing; `dismiss` is called by the first one in the place of
+    `run` where the output turned out to be there already.
     """
 
     name: ClassVar[str]

@@ -335,9 +335,12 @@ class Loop:
         path = self.keeper.place(self.step) if self.keeper is not None else None
         meta = {"step": self.step, "tokens": self.tokens, "seconds": self._elapsed(), "metrics": metrics.sync(),
                 "cursor": self.cursor.as_json(), "passes": self.accumulate * self.ranks.data_size}  # fmt: skip
-        save_state(path, self.named | self.biases, None if finished else self.optimizer, meta, self.ranks)
-        if self.keeper is not None and path is not None:
-            self.keeper.record(path, self.step)
+        try:
+            save_state(path, self.named | self.biases, None if finished else self.optimizer, meta, self.ranks)
+            if self.keeper is not None and path is not None:
+                self.keeper.record(path, self.step)
+        finally:
+            self.ranks.wait()  # whoever ends after it takes the others along, also the one that is still writing
 
     def _resume(self) -> Metrics:
         path = self.keeper.newest() if self.keeper is not None else None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import Interrupted, MachineLacks, MoeforgeError, ReaderGone
+from ..errors import Interrupted, MoeforgeError, ReaderGone, UsageProblem
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
@@ -74,6 +74,11 @@ class Ranks:
         told = [value]
         dist.broadcast_object_list(told, 0, device=self.device)
         return told[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
 
     def agree(self, trouble: MoeforgeError | None) -> None:
         """Raise on every process what one of them has met, so that none waits for a peer that has given up.
@@ -163,7 +168,7 @@ def joined(world: int | None) -> Iterator[Ranks]:
     """
     ranks = Ranks.here()
     if world not in (None, ranks.size):
-        raise MachineLacks(f"the layout needs {world} processes, and there {'is one' if ranks.size == 1 else f'are {ranks.size}'}: "
+        raise UsageProblem(f"the layout needs {world} processes, and there {'is one' if ranks.size == 1 else f'are {ranks.size}'}: "
                            f"torchrun --nproc-per-node {world} $(which moeforge) tune ... starts them on one machine")  # fmt: skip
     if ranks.size == 1:
         yield ranks

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "moeforge.pipeline": {"moeforge.checkpoint", "moeforge.options", "moeforge.registry", "moeforge"},
     "moeforge.launch": {"moeforge.pipeline", "moeforge.registry"},
     "moeforge.verb": {"moeforge.pipeline", "moeforge.registry", "moeforge.launch"},
-    "moeforge.cli": {"moeforge.verb", "moeforge.launch", "moeforge.registry", "moeforge"},
+    "moeforge.cli": {"moeforge.verb", "moeforge.launch", "moeforge.registry", "moeforge.pipeline", "moeforge"},
     "moeforge.registry": {"moeforge.options"},
     "moeforge.auto": {"moeforge.model"},
     "moeforge.options": set(),

@@ -15,9 +15,9 @@ SCRIPT = ROOT / "tests/benchmarks/kernels/agreement.py"
 pytest.importorskip("triton")
 
 
-def agreement(*arguments):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")}
-    command = [sys.executable, str(SCRIPT), "--backend", "triton", "--json", *arguments]
+def agreement(*arguments, backend="triton", **more):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels")} | more
+    command = [sys.executable, str(SCRIPT), "--backend", backend, "--json", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode in (0, 1), done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -51,6 +51,15 @@ def test_the_kernels_agree_with_the_reference_in_16_bits(dtype):
     )
     assert len(found) >= 15
     assert [row for row in found if not row.get("fits") and "refused" not in row] == []
+
+
+@pytest.mark.slow
+def test_low_rank_experts_through_the_grouped_product_and_the_sum():
+    """The wish makes it an error where an op below would run on anything but its Triton kernels."""
+    ops = ("--op", "lora_experts", "--op", "lora_shrink")
+    found = agreement("--dtype", "float32", *ops, backend="grouped", MOEFORGE_KERNELS="triton")
+    assert {row["op"] for row in found} == {"lora_experts", "lora_experts, one A", "lora_shrink"}
+    assert [row for row in found if not row.get("fits")] == []
 
 
 @pytest.mark.slow

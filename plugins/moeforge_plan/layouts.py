@@ -162,7 +162,7 @@ def rules(layout: Layout, *, experts: int, heads: int, kv_heads: int, layers: in
     """Why an engine would refuse a layout for a model; empty when it would run it.
 
     transformers (5.24, distributed/configuration_utils.py and expert_parallel.py): EP is a multiple of TP and divides FSDP*TP, the
-    experts divide by EP, no CP, no ETP beside EP (without EP the tensor-parallel plan cuts each expert), no PP beside FSDP or
+    experts divide by EP and fill every rank, no CP, no ETP beside EP (without EP the tensor-parallel plan cuts each expert), no PP beside FSDP or
     token dispatch. Megatron-Core: heads divide by TP, key-value heads or TP by the other, experts by EP.
     """
     found = []
@@ -187,7 +187,21 @@ def rules(layout: Layout, *, experts: int, heads: int, kv_heads: int, layers: in
             found.append("transformers: experts are cut by TP without EP, never beside it")
         if layout.pp > 1:
             found.append("transformers: no pipeline beside FSDP or token dispatch")
+        whole = experts and experts % layout.ep == 0 and layout.efsdp
+        if whole and empty_shards(experts // layout.ep, layout.efsdp):
+            found.append(
+                "transformers: FSDP would leave ranks without an expert, which it cannot load; a larger --dp-replicate avoids it"
+            )
     return found
+
+
+def empty_shards(rows: int, ranks: int) -> int:
+    """Ranks that FSDP2 leaves without a row: it hands out pieces of ceil(rows / ranks), one a rank, until there are none.
+
+    Stacks of experts are cut along the axis that counts them. transformers stacks what a rank reads, and 5.24 fails where that is
+    nothing ("stack expects a non-empty TensorList").
+    """
+    return ranks - math.ceil(rows / math.ceil(rows / ranks))
 
 
 def divisors(number: int) -> list[int]:

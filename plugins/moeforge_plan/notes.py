@@ -14,13 +14,6 @@ TIGHT = 0.95
 def notes(row: Row, shape: Shape, gpu: Hardware, budget: float) -> list[str]:
     """One sentence each; empty where nothing is unusual."""
     layout, found = row.layout, []
-    ranks = layout.efsdp * layout.ep
-    if layout.engine == "transformers" and shape.experts and ranks > shape.experts:
-        found.append(
-            f"efsdp {layout.efsdp} x EP {layout.ep} = {ranks} ranks for {shape.experts} experts: FSDP cuts the axis that counts experts, so "
-            f"{ranks - shape.experts} of the ranks hold none and the others a whole one (counted in GB); a larger --dp-replicate with a smaller "
-            "--fsdp costs memory for attention alone"
-        )
     group = layout.expert_axis("ep")
     if group.size > 1 and group.inside(gpu.node) < group.size:
         found.append(f"EP {layout.ep} spans nodes: its all-to-all runs at {gpu.network:g} GB/s, not {gpu.link:g}")

@@ -7,7 +7,7 @@ import pytest
 
 from moeforge_plan import traffic
 from moeforge_plan.job import Candidate, Hardware, Job, hardware
-from moeforge_plan.layouts import Axis, Layout
+from moeforge_plan.layouts import Axis, Layout, empty_shards
 from moeforge_plan.memory import activations, expert_share, layer, memory, params
 from moeforge_plan.published import shapes
 from moeforge_plan.shape import Shape
@@ -74,6 +74,13 @@ def test_transformers_keeps_norms_and_logits_of_every_token_on_every_rank():
     for sparse in (True, False):
         more = layer(shape, theirs, job, sparse=sparse) - layer(shape, mine, job, sparse=sparse)
         assert more == pytest.approx(10 * 4096 * shape.hidden * (1 - 1 / 4))
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(8, 4), (6, 4), (1, 4), (7, 7), (5, 4), (128, 48)])
+def test_rows_are_handed_out_as_torch_chunks_them(rows, ranks):
+    import torch
+
+    assert empty_shards(rows, ranks) == ranks - len(torch.chunk(torch.empty(rows, 2), ranks))
 
 
 @pytest.mark.parametrize(("replicate", "share"), [(1, 1.0), (2, 1.0), (8, 1.0)])

@@ -10,7 +10,8 @@ import pytest
 
 from moeforge_plan import traffic
 from moeforge_plan.job import Job
-from moeforge_plan.layouts import Layout
+from moeforge_plan.layouts import Layout, empty_shards, rules
+from moeforge_plan.memory import expert_share, params
 from moeforge_plan.shape import read
 
 CONFIG = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2,
@@ -22,6 +23,8 @@ DISPATCH = [(1, 4), (2, 4), (2, 2), (1, 2)]
 """(TP, EP) of four ranks; FSDP takes the rest."""
 MODELS = [(1, 4, 1, 1), (1, 4, 1, 4), (1, 2, 2, 2), (2, 2, 1, 4)]
 """(TP, FSDP, replicas, EP)."""
+HELD = [(8, 1, 4, 1), (8, 1, 4, 2), (8, 2, 2, 2), (6, 1, 4, 1), (2, 1, 4, 1), (2, 1, 4, 2)]
+"""(experts, TP, FSDP, EP); the last three leave ranks without any: 6 over 4 ranks are 2, 2, 2 and 0."""
 
 
 def dispatched(rank, folder):
@@ -103,6 +106,30 @@ def trained(rank, folder):
     return found
 
 
+def held(rank, folder):
+    """Parameters of experts that this rank keeps; None where transformers cannot load its part."""
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    found = {}
+    for experts, tp, fsdp, ep in HELD:
+        place = f"{folder}/experts-{experts}"
+        if rank == 0 and not os.path.exists(place):
+            Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**CONFIG, "num_experts": experts})).save_pretrained(place)
+        dist.barrier()
+        config = DistributedConfig(tp_size=tp, fsdp_size=fsdp, ep_size=ep)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(place, distributed_config=config)
+        except RuntimeError as error:
+            assert "conversion of the weights" in str(error)
+            found[f"{experts},{tp},{fsdp},{ep}"] = None
+        else:
+            mine = [p.to_local() for name, p in model.named_parameters() if ".experts." in name]
+            found[f"{experts},{tp},{fsdp},{ep}"] = sum(p.numel() for p in mine)
+    return found
+
+
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     """What each of four ranks counted; one spawn for all."""
@@ -165,6 +192,20 @@ def test_tensor_parallel_moves_what_the_formula_says(counted):
         assert sent["_c10d_functional.all_gather_into_tensor.default"] >= 2 * 2 * moved.tp_ffn + logits
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("experts", "tp", "fsdp", "ep"), HELD)
+def test_the_fullest_rank_holds_what_the_formula_says(counted, experts, tp, fsdp, ep):
+    """FSDP cuts the axis that counts experts, and a rank that gets none cannot be loaded."""
+    shape = read({"model_type": "qwen3_moe", **CONFIG, "num_experts": experts})
+    layout = Layout("transformers", 4, tp, 1, 1, ep, 1 if ep > 1 else tp, 1, "parameters")
+    kept = [rank["held"][f"{experts},{tp},{fsdp},{ep}"] for rank in counted]
+    empty = empty_shards(experts // ep, layout.efsdp)
+    assert kept.count(None) == empty * ep
+    assert max(size for size in kept if size is not None) == params(shape, layout).expert * expert_share(shape, layout)
+    refused = rules(layout, experts=experts, heads=4, kv_heads=4, layers=2)
+    assert bool(refused) == bool(empty)
+
+
 if __name__ == "__main__":
     import torch
     import torch.distributed
@@ -172,7 +213,7 @@ if __name__ == "__main__":
     me, where = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{where}/meeting", rank=me, world_size=4)
-    body = {"dispatched": dispatched(me, where), "trained": trained(me, where)}
+    body = {"dispatched": dispatched(me, where), "trained": trained(me, where), "held": held(me, where)}
     with open(f"{where}/{me}.json", "w") as file:
         json.dump(body, file)
     torch.distributed.barrier()

@@ -35,7 +35,7 @@ def test_the_published_mapping_is_recommended(ask, write):
     assert "model.virtual_pipeline_model_parallel_size=7" in best["overrides"]
     assert answer.exit_code == ExitCode.OK
     for text in (
-        "57 layouts fit into 80 GB",
+        "56 layouts fit into 80 GB",
         "why the others are behind",
         "do not fit, nearest first",
         "GB too much",
@@ -62,12 +62,14 @@ def test_what_transformers_and_tune_are_told_is_taken_by_them(ask, write):
         assert rows * best["dp"] == 256
 
 
-def test_experts_that_fsdp_cannot_cut_are_flagged(ask, write):
-    best = ask(write(), gpus=128, engine="transformers").data["best"]["transformers"]
-    assert best["edp"] * best["ep"] > 8
-    assert any("ranks for 8 experts" in text and "--dp-replicate" in text for text in best["notes"])
-    fine = ask(write(**QWEN), gpus=16, engine="transformers").data["best"]["transformers"]
-    assert not any("ranks for" in text for text in fine["notes"])
+def test_ranks_that_fsdp_would_leave_without_an_expert_are_told(ask, write):
+    answer = ask(write(), gpus=128, engine="transformers", top=0)
+    why = "transformers: FSDP would leave ranks without an expert, which it cannot load; a larger --dp-replicate avoids it"
+    assert answer.data["refused"][why] > 0
+    assert why in answer.text
+    for row in (*answer.data["ranked"], *answer.data["do_not_fit"]):
+        assert row["edp"] // row["dp_replicate"] * row["ep"] <= 8
+    assert why not in ask(write(**QWEN), gpus=16, engine="transformers").data["refused"]
 
 
 def test_nothing_that_fits_ends_with_4_and_the_missing_gigabytes(ask, write):

@@ -61,6 +61,10 @@ class Keeper:
         pass
 
 
+def refuse(path, step):
+    raise OSError(28, "No space left on device")
+
+
 class Stop:
     """Asks one rank to stop at its n-th check."""
 
@@ -104,6 +108,8 @@ def run(case, ranks, directory):
         return {"refused": f"{type(error).__name__}: {error}"}
     gradients = {}
     inner = loop.optimizer.step
+    if case.get("full_disk") and loop.keeper is not None:
+        loop.keeper.record = refuse
 
     def step():
         if not gradients:

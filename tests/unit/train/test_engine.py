@@ -95,6 +95,7 @@ def special(home=Path()):
         "experts only": case(home, "mixtral", pair, select="experts", settings={"preserve": 0.3}),
         "routers only": case(home, "mixtral", pair, select="routers"),
         "last layer only": case(home, "mixtral", pair, select="*.layers.1.*,lm_head.weight"),
+        "full disk": case(home, "mixtral", pair, full_disk=True),
         "unclipped": case(home, "mixtral", pair, settings={"clip": 0.0}),
         "whole": case(home, "mixtral", None),
     }

@@ -1,1 +1,1 @@
-"""Verbs that read artifacts and answer: show, verify, diff."""
+"""Verbs that read artifacts and answer: show, verify, diff, report."""

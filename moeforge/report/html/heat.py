@@ -19,7 +19,8 @@ class Scale:
     """How values become colours.
 
     Attributes:
-        kind: `plain` runs from `low` to `high`; `ratio` is logarithmic around 1, from 1 / high to high.
+        kind: `plain` runs from `low` to `high`; `even` from 0 over 1, which is neither here nor there, to high; `ratio` is logarithmic
+            around 1, from 1 / high to high.
         label: what is measured, with its unit.
         unit: behind a value.
         clipped: whether there are values above `high`.
@@ -28,7 +29,7 @@ class Scale:
     label: str
     high: float
     low: float = 0.0
-    kind: Literal["plain", "ratio"] = "plain"
+    kind: Literal["plain", "even", "ratio"] = "plain"
     unit: str = ""
     clipped: bool = False
 

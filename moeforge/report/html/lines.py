@@ -50,7 +50,8 @@ def loss_chart(steps: Curve, held_out: Curve) -> Markup:
         tag("text", "loss (nats a token)", x=14, y=middle, text_anchor="middle", transform=f"rotate(-90 14 {middle})")
     )
     window = max(len(steps) // 20, 1)
-    curves = [line(steps, "step-loss"), line(_means(steps, window), "mean-loss"), line(held_out, "held-loss")]
+    alone = "mean-loss" if window == 1 else "step-loss"
+    curves = [line(steps, alone), line(_means(steps, window), "mean-loss"), line(held_out, "held-loss")]
     for step, loss in held_out if len(held_out) <= MARKED else ():
         x, y = at(step, loss)
         told = f"held out, step {step:g}: {loss:.4f}"
@@ -59,7 +60,7 @@ def loss_chart(steps: Curve, held_out: Curve) -> Markup:
     label = f"Loss over {xs[-1]:g} steps; held-out loss {last}"
     picture = tag("svg", *marks, *curves, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label, class_="lines")
     keys = [
-        ("step-loss", "training, each step"),
+        (alone, "training, each step"),
         ("mean-loss", f"training, mean of {window} steps"),
         ("held-loss", "held out"),
     ]

@@ -5,7 +5,7 @@
   // cividis (Nunez, Anderton, Renslow 2018): lightness alone tells values apart, whatever colours an eye sees
   const PLAIN = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
   // blue against orange, the middle close to the page
-  const RATIO = { light: ["#1d4e89", "#5b8fc7", "#b4cfe7", "#f4f4f4", "#f6c99b", "#dd8a3c", "#9c4a00"],
+  const AROUND = { light: ["#1d4e89", "#5b8fc7", "#b4cfe7", "#f4f4f4", "#f6c99b", "#dd8a3c", "#9c4a00"],
                   dark: ["#8cc4ff", "#4f8fca", "#2c4a66", "#24272b", "#6b4a22", "#c47c2c", "#ffc16b"] };
   // behind text: from the page to blue
   const TEXT = { light: ["#f2f6fa", "#c3d9ee", "#7fb0da", "#3d7fbf", "#134a86"], dark: ["#20252b", "#294a6b", "#3b78ad", "#6cb2ee", "#b9ddff"] };
@@ -43,10 +43,11 @@
 
   function stopsOf(scale) {
     const mode = dark.matches ? "dark" : "light";
-    return scale.kind === "ratio" ? RATIO[mode] : scale.kind === "text" ? TEXT[mode] : PLAIN;
+    return scale.kind === "ratio" || scale.kind === "even" ? AROUND[mode] : scale.kind === "text" ? TEXT[mode] : PLAIN;
   }
 
   function shareOf(scale, value) {
+    if (scale.kind === "even") return value <= 1 ? value / 2 : 0.5 + (value - 1) / (scale.high - 1) / 2;
     if (scale.kind !== "ratio") return (value - scale.low) / (scale.high - scale.low || 1);
     return value > 0 ? 0.5 + Math.log(value) / Math.log(scale.high) / 2 : 0;
   }
@@ -55,8 +56,10 @@
 
   function ramp(scale) {
     const ticks = scale.kind === "ratio"
-      ? [`≤ ${told(1 / scale.high)}`, told(1 / Math.sqrt(scale.high)), "1", told(Math.sqrt(scale.high)), `≥ ${told(scale.high)}`]
-      : [0, 0.5, 1].map((part) => (scale.clipped && part === 1 ? "≥ " : "") + told(scale.low + part * (scale.high - scale.low)));
+      ? [`≤ ${told(1 / scale.high)}`, ...[1 / Math.sqrt(scale.high), 1, Math.sqrt(scale.high)].filter((tick) => scale.high > 2 || tick === 1).map(told),
+         `≥ ${told(scale.high)}`]
+      : (scale.kind === "even" ? [0, 1, scale.high] : [scale.low, (scale.low + scale.high) / 2, scale.high]).map(told);
+    if (scale.clipped) ticks.push(`≥ ${ticks.pop()}`);
     const strip = el("i", {});
     const paint = () => { strip.style.background = `linear-gradient(90deg, ${stopsOf(scale).join(", ")})`; };
     redraws.push(paint);

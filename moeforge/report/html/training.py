@@ -44,7 +44,9 @@ def load_section(training: Mapping[str, Any] | None, tokens: Mapping[str, Any] |
     maps = list(within((_load_map(load) for load in ordered), CELLS))
     most = top(one.values for one in maps)
     # a single expert with ten times its share would leave all others one colour
-    scale = Scale("load relative to an even share", min(max(2.0, most), BUSY), unit="×", clipped=most > BUSY)
+    scale = Scale(
+        "load relative to an even share", min(max(2.0, most), BUSY), kind="even", unit="×", clipped=most > BUSY
+    )
     caption = "How much of a layer's work each expert gets. 1 is an even share; 0 is an idle expert."
     picture = heat_map("load-map", maps, scale, row="layer", column="expert", choice="measured on", caption=caption)
     return join([beside(picture, _load_table(ordered[0]), maps), _more(len(maps), len(ordered), "measurements")])
@@ -78,7 +80,8 @@ def specialisation_section(found: Mapping[str, Any]) -> Markup:
     shown = list(within(maps, CELLS))
     caption = ("Lift: an expert's share of the assignments of one label, over its mean share across labels (each label counts the same). "
                "2 is twice as often as on average, 0.5 half as often, 1 no preference.")  # fmt: skip
-    scale = Scale("lift, logarithmic", 4.0, kind="ratio", unit="×")
+    # of two labels none can have more than twice the mean
+    scale = Scale("lift, logarithmic", float(min(max(len(met), 2), 4)), kind="ratio", unit="×")
     picture = heat_map("lift-map", shown, scale, row="layer", column="expert", choice="label", caption=caption)
     cells = [(row, *("–" if values[at] is None else f"{values[at]:.1%}" for at in met)) for row, values in
              zip(rows, found["separation"], strict=True)]  # fmt: skip

@@ -76,6 +76,7 @@ def bridge(row: Row, job: Job, shape: Shape) -> list[str]:
     found |= {
         "train.micro_batch_size": candidate.micro_batch,
         "train.global_batch_size": job.global_batch,
+        "model.seq_length": job.seq,
         "dataset.sequence_length": job.seq,
         "ddp.use_distributed_optimizer": "true",
     }

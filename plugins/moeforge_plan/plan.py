@@ -15,6 +15,7 @@ from moeforge.launch import source
 from moeforge.options import arg, did_you_mean, opt
 from moeforge.pipeline.artifact import Artifact
 from moeforge.pipeline.context import Context
+from moeforge.pipeline.describe import describe_value
 from moeforge.pipeline.reading import Reading
 from moeforge.pipeline.run import check_kind
 from moeforge.pipeline.stage import Answer
@@ -141,7 +142,7 @@ class Plan:
         off = found.parameters_total / shape.parameters - 1
         notes = []
         if abs(off) > UNCOUNTED:
-            notes.append(f"the headers hold {found.parameters_total / 1e9:.4g} B parameters, {100 * abs(off):.0f}% "
+            notes.append(f"the headers hold {describe_value('parameters', found.parameters_total)} parameters, {100 * abs(off):.0f}% "
                          f"{'more' if off > 0 else 'fewer'} than the decoder that is planned for")  # fmt: skip
         return shape, notes, "the plan on stdin" if src.plan is not None else src.ref
 

@@ -10,6 +10,7 @@ from moeforge.checkpoint.anatomy import TOP_K, Anatomy, plain_config
 from moeforge.checkpoint.architectures import EXPERT_COUNTS, architecture, known
 from moeforge.checkpoint.dense_config import MAX_LAYERS
 from moeforge.errors import BadInput
+from moeforge.pipeline.describe import describe_value
 
 SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
@@ -86,8 +87,8 @@ class Shape:
             ffn = f"{self.experts} experts of width {self.expert_width}, {self.top_k} active"
             ffn += f", shared width {self.shared_width}" if self.shared_width else ""
             ffn += f"; {self.dense_layers} of the layers dense" if self.dense_layers else ""
-        return (f"{self.parameters / 1e9:.4g} B parameters, {self.active / 1e9:.4g} B active a token; {self.layers} layers of width "
-                f"{self.hidden}, {ffn}")  # fmt: skip
+        total, active = (describe_value("parameters", count) for count in (self.parameters, self.active))
+        return f"{total} parameters, {active} active a token; {self.layers} layers of width {self.hidden}, {ffn}"
 
 
 def attention_core(shape: Shape, seq: int) -> float:
@@ -109,6 +110,10 @@ def read(config: Mapping[str, Any], found: Anatomy | None = None) -> Shape:
     matrices = 3
     if settings.get("model_type") in known() and not _count(settings, EXPERT_COUNTS):
         family = architecture({**settings, "mixtures": None})
+        if family.kind != "decoder":
+            raise BadInput(
+                f"config.json: model_type = {family.model_type!r} is no language model that writes; plan knows decoders"
+            )
         settings = family.resolve(settings)
         matrices = (
             3 if "gate" in {*family.layer_tensors, *(part for parts in family.fused.values() for part in parts)} else 2
@@ -180,10 +185,18 @@ def _sparse_layers(settings: Mapping[str, Any], layers: int) -> int:
 
 
 def _count(settings: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """The first of the keys that holds a whole number, or 0."""
-    return next(
-        (value for key in keys if isinstance(value := settings.get(key), int) and not isinstance(value, bool)), 0
-    )
+    """The number under the first of the keys that is there, or 0.
+
+    Raises:
+        BadInput: it is no whole number; taken for 0 it would make a mixture dense.
+    """
+    key = next((key for key in keys if settings.get(key) is not None), None)
+    if key is None:
+        return 0
+    value = settings[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise BadInput(f"config.json: {key} = {value!r}; plan needs a whole number")
+    return value
 
 
 def _size(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:

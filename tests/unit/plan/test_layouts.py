@@ -134,6 +134,31 @@ def test_transformers_refuses_what_the_rules_refuse():
     assert agreed == {True, False}
 
 
+def test_tune_takes_what_the_rules_take():
+    """`moeforge tune` refuses a layout for a model just where `plan` does."""
+    from moeforge.errors import UsageProblem
+    from moeforge.train.layout import arrange, check_model
+
+    agreed = set()
+    sizes = itertools.product((1, 2, 4), (1, 2, 3, 4, 8), (1, 2), (1, 2, 4, 8), (6, 8, 16), ((8, 2), (12, 4)))
+    for tp, fsdp, replicate, ep, experts, (heads, kv_heads) in sizes:
+        world = tp * fsdp * replicate
+        if world % ep:
+            continue
+        etp = 1 if ep > 1 else tp
+        layout = Layout("transformers", world, tp, 1, 1, ep, etp, replicate, "parameters")
+        mine = rules(layout, experts=experts, heads=heads, kv_heads=kv_heads, layers=4)
+        config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        try:
+            check_model(arrange(tp, fsdp, ep, replicate, world), config, experts, "m")
+        except UsageProblem as error:
+            assert mine, f"{layout}, {experts} experts: tune says {error}"
+        else:
+            assert mine == [], layout
+        agreed.add(bool(mine))
+    assert agreed == {True, False}
+
+
 def test_transformers_refuses_a_pipeline_beside_fsdp():
     from transformers.distributed import DistributedConfig
 

@@ -60,7 +60,7 @@ class Sharded(Ranks):
             groups.setdefault((mesh, cut), []).append(_local(tensor))
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for (mesh, cut), parts in groups.items():
-            square = super().norm([part for part in parts if part.numel()]).to(squares).square()
+            square = super().norm(parts).to(squares).square()
             for axis in cut:
                 dist.all_reduce(square, group=mesh.get_group(axis))
             squares += square

@@ -21,6 +21,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
 """How long a collective waits: the first process may be reading or writing hundreds of gigabytes meanwhile."""
 
+BLOCK = 1 << 14
+"""Numbers whose squares are added up in float32."""
+
 
 class Ranks:
     """This process and its peers.
@@ -118,7 +121,9 @@ class Ranks:
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """The Euclidean norm of all of them together, []."""
-        return torch.nn.utils.get_total_norm(tensors, foreach=True if self.device.type != "cpu" else None)
+        if self.device.type != "cpu":
+            return torch.nn.utils.get_total_norm(tensors, foreach=True)
+        return torch.stack([_square(tensor) for tensor in tensors] or [torch.zeros(())]).sum().sqrt()
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
         """Multiply in place."""
@@ -154,6 +159,15 @@ class Ranks:
 
     def settle(self, model: nn.Module) -> None:
         """Put a model in order after passes without a backward one."""
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """The squared norm in float64, [], block by block: torch adds up on a processor in float32 one after the other, which loses 2e-4
+    of the norm of 7 million numbers, and less of each half of them."""
+    flat = tensor.detach().reshape(-1)
+    whole = len(flat) // BLOCK * BLOCK
+    parts = torch.linalg.vector_norm(flat[:whole].view(-1, BLOCK), dim=1), torch.linalg.vector_norm(flat[whole:])
+    return sum(part.double().square().sum() for part in parts)  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeforge.checkpoint.anatomy import plain_config
 from moeforge.checkpoint.architectures import EXPERT_COUNTS
@@ -39,22 +40,29 @@ def lay_out(source: Checkpoint, options: Options) -> Layout:
         raise MachineLacks(f"{layout}: needs transformers {'.'.join(map(str, ENGINE))} or newer, {metadata.version('transformers')} is "
                            f"installed: upgrade it; {ELSEWHERE}")  # fmt: skip
     config = source.config
-    kind = "an adapter of LoRA experts" if isinstance(source, ExpertAdapter) else None
-    if config.get("model_type") == "moeforge":
-        kind = kind or "a mixture of type moeforge"
-    if kind is None and not isinstance(source, DirectoryCheckpoint | HubCheckpoint | PlannedCheckpoint):
-        kind = f"no directory of safetensors ({type(source).__name__})"
-    if kind is not None:
+    if isinstance(source, ExpertAdapter):
         raise UsageProblem(
-            f"{layout}: {source.ref} is {kind}, which transformers' engine does not load in parts; {ELSEWHERE}"
+            f"{layout}: {source.ref} is an adapter of LoRA experts, which transformers' engine does not load in parts; {ELSEWHERE}"
         )
+    if not isinstance(source, DirectoryCheckpoint | HubCheckpoint | PlannedCheckpoint):
+        raise UsageProblem(f"{layout}: {source.ref} is no directory of safetensors ({type(source).__name__}), and only of such ones a rank "
+                           f"reads its part; {ELSEWHERE}")  # fmt: skip
+    if config.get("model_type") == "moeforge" and (layout.tp > 1 or layout.ep > 1):
+        raise UsageProblem(f"{layout}: {source.ref} is a mixture of type moeforge, for which transformers has no plan of tensors or experts; "
+                           f"--fsdp works; {ELSEWHERE}")  # fmt: skip
     if options.optimizer == "adamw-8bit":
         raise UsageProblem(f"--optimizer adamw-8bit: cannot hold the moments of parameters in shards ({layout}); use --optimizer adamw, or "
                            "leave out --tp, --fsdp and --ep")  # fmt: skip
-    plain = plain_config(config)
-    experts = next((plain[key] for key in EXPERT_COUNTS if isinstance(plain.get(key), int) and plain[key] > 1), None)
-    check_model(layout, plain, experts, source.ref)
+    check_model(layout, plain_config(config), fewest_experts(config), source.ref)
     return layout
+
+
+def fewest_experts(config: Mapping[str, Any]) -> int | None:
+    """E of the mixture with the fewest experts; None for a dense model."""
+    plain = plain_config(config)
+    native = [plain[key] for key in EXPERT_COUNTS if isinstance(plain.get(key), int) and plain[key] > 1]
+    ours = [entry["experts"]["count"] for entry in config.get("mixtures", ())]
+    return min(native + ours, default=None)
 
 
 def version(name: str) -> tuple[int, ...]:

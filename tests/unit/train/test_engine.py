@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeforge.errors import BadInput
+from moeforge.testing import inprocess
 from moeforge.train.layout import Layout
 
 from .conftest import make_model
@@ -36,6 +37,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("engine")
     for family in ("mixtral", "qwen3_moe", "qwen2_moe", "llama"):
         make_model(family).save_pretrained(home / family)
+    inprocess.run("upcycle", home / "llama", home / "own", "copy", experts=4, target="moeforge", verify=False)
     without_a_plan("jetmoe").save_pretrained(home / "jetmoe")
     # what all tokens have in common leads them to the first two experts: ranks that own others get none
     make_model("mixtral", num_local_experts=8).save_pretrained(home / "crowded")
@@ -96,6 +98,7 @@ def special(home=Path()):
         "routers only": case(home, "mixtral", pair, select="routers"),
         "last layer only": case(home, "mixtral", pair, select="*.layers.1.*,lm_head.weight"),
         "full disk": case(home, "mixtral", pair, full_disk=True),
+        "of type moeforge": case(home, "own", (1, 2, 1, 1)),
         "unclipped": case(home, "mixtral", pair, settings={"clip": 0.0}),
         "whole": case(home, "mixtral", None),
     }

@@ -194,6 +194,15 @@ def test_sources_that_the_engine_does_not_load_in_parts_are_told_what_works(home
     inprocess.run("attach", home / "dense", home / "adapter", "mixlora", rank=4, verify=False, experts="4")
     with pytest.raises(UsageProblem, match=r"adapter of LoRA experts.*without --tp, --fsdp and --ep"):
         planned(home, src="adapter", fsdp=2)
+    inprocess.run("upcycle", home / "dense", home / "own", "copy", experts=3, target="moeforge")
+    for numbers in ({"tp": 2}, {"fsdp": 2, "ep": 2}):
+        with pytest.raises(
+            UsageProblem, match=r"mixture of type moeforge.*--fsdp works; without --tp, --fsdp and --ep"
+        ):
+            planned(home, src="own", **numbers)
+    assert planned(home, src="own", fsdp=2).facts["tokens_a_step"] > 0
+    with pytest.raises(UsageProblem, match=r"has 3 experts.*would hold none"):
+        planned(home, src="own", fsdp=4)
 
 
 def test_an_older_transformers_is_refused_with_its_version(home, monkeypatch):

@@ -10,8 +10,8 @@ from moeforge_plan.job import Candidate, Hardware, Job, hardware
 from moeforge_plan.layouts import Axis, Layout, empty_shards
 from moeforge_plan.memory import activations, expert_share, layer, memory, params
 from moeforge_plan.published import shapes
-from moeforge_plan.shape import Shape
-from moeforge_plan.steptime import exchange, mfu, pace, ring, step
+from moeforge_plan.shape import Shape, attention_core
+from moeforge_plan.steptime import FLASH, exchange, mfu, pace, ring, step
 
 H100 = hardware()["h100"]
 
@@ -186,3 +186,52 @@ def test_mfu_never_passes_what_the_products_reach():
 
 def test_every_gpu_is_described():
     assert all(isinstance(gpu, Hardware) and gpu.memory > 20 and gpu.link >= gpu.network for gpu in hardware().values())
+
+
+def test_context_parallel_ranks_share_attentions_optimizer_state():
+    """DP 2 and CP 4: eight ranks keep an eighth each of 12 B for attention's parameters."""
+    shape, layout = any_shape(7, experts=8), Layout("megatron", 16, 2, 4, 1, 1, 2)
+    held, every = memory(shape, Candidate(layout), Job(16384, 64)), params(shape, layout)
+    assert held.optimizer == pytest.approx(12 * (every.dense / 8 + every.expert / 8))
+
+
+def test_gradients_hide_behind_one_microbatch_and_no_more():
+    shape, job = any_shape(8), Job(1024, 64)
+    layout = Layout("megatron", 64, 1, 1, 1, 1, 1)
+    found = pace(shape, layout, 1, job, dataclasses.replace(H100, network=0.01))
+    told = step(found, Candidate(layout), job)
+    one = (told.total - told.dp - found.update) / Candidate(layout).microbatches(job)
+    assert told.dp == pytest.approx(found.sync - one)
+    assert told.dp > 0
+    hidden = dataclasses.replace(found, sync=0.9 * one)
+    assert step(hidden, Candidate(layout), job).dp == 0
+
+
+def test_the_optimizer_reads_and_writes_its_state_once():
+    shape, job = any_shape(9), Job(2048, 64)
+    layout = Layout("megatron", 64, 1, 1, 1, 4, 1, 1, "parameters")
+    found = pace(shape, layout, 1, job, H100)
+    assert found.update == pytest.approx(2 * 16 * shape.parameters / 64 / 3350e9)
+    assert pace(shape, layout, 1, Job(2048, 64, "lora"), H100).update == 0
+
+
+def test_a_message_costs_its_latency_whatever_its_size():
+    shape, job = any_shape(10), Job(64, 64)
+    layout = Layout("megatron", 8, 2, 1, 1, 4, 1)
+    none, some = (pace(shape, layout, 1, job, dataclasses.replace(H100, link_alpha=alpha)) for alpha in (0.0, 1e-3))
+    assert some.ffn.a2a - none.ffn.a2a == pytest.approx(2e-3 * shape.sparse_layers)
+    assert some.attention.tp - none.attention.tp == pytest.approx(2e-3 * shape.layers)
+    wide = Layout("megatron", 32, 2, 1, 1, 16, 1)
+    near, far = (pace(shape, wide, 1, job, dataclasses.replace(H100, network_alpha=alpha)) for alpha in (0.0, 1e-3))
+    assert far.ffn.a2a - near.ffn.a2a == pytest.approx(2e-3 * shape.sparse_layers)
+
+
+def test_keys_and_values_go_round_beside_the_attention_core():
+    shape, layout = any_shape(11), Layout("megatron", 32, 1, 4, 1, 1, 1)
+    job = Job(65536, 32)
+    assert pace(shape, layout, 1, job, H100).attention.cp == 0
+    slow = dataclasses.replace(H100, link=0.01, network=0.01)
+    moved = traffic.layer(shape, layout, 1, job, sparse=True).cp
+    core = 65536 / 4 * attention_core(shape, 65536) / (H100.flops * FLASH)
+    each = 4 * H100.link_alpha + moved / (0.01e9 * H100.link_efficiency) - core
+    assert pace(shape, layout, 1, job, slow).attention.cp == pytest.approx(shape.layers * each)

@@ -92,6 +92,20 @@ def test_sizes_that_are_missing_or_wrong(changes, message):
         read(config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({"mlp_only_layers": [0, 3]}, 2),
+        ({"mlp_only_layers": [0], "decoder_sparse_step": 2}, 2),
+        ({"moe_layer_freq": [0, 1, 1, 1]}, 3),
+        ({"first_k_dense_replace": 3}, 1),
+    ],
+)
+def test_layers_without_experts(changes, sparse):
+    shape = read({"model_type": "qwen2_moe", **MODELS["qwen2_moe"], **changes})
+    assert (shape.sparse_layers, shape.dense_layers, shape.dense_width) == (sparse, 4 - sparse, 160)
+
+
 def test_our_own_mixtures_need_their_headers():
     with pytest.raises(BadInput, match="name the directory"):
         read({"model_type": "moeforge", "base_config": {"model_type": "llama", **MODELS["llama"]}, "mixtures": [{}]})

@@ -35,6 +35,7 @@ class Tune:
     examples: ClassVar[dict[str, str]] = {
         "moeforge tune moe --data notes/ --steps 500 -o tuned": "500 updates on a folder of text",
         "moeforge tune moe --data builtin:prose --train experts,routers --minutes 5 -o tuned": "on text that is on every machine",
+        "moeforge tune moe --data notes/ --fsdp 4 --ep 4 --dry-run": "what each of four ranks would take; `torchrun --nproc-per-node 4 $(which moeforge)` instead of `moeforge` starts them",
     }
     api_version: ClassVar[int] = 1
     consumes: ClassVar[frozenset[str]] = frozenset({"checkpoint", "gguf", "adapter"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.base import Checkpoint
-from ..errors import BadInput, GateRefused
+from ..errors import BadInput, GateRefused, MachineLacks
+from ..mixture.statistics import Statistics
 from ..model.comparison import Comparison, Prediction
 from ..model.tokenizer import has_tokenizer, load_tokenizer
 from ..pipeline.context import Context
 from .data import Document, Pool
 from .encoding import Encoder
-from .metrics import perplexity
+from .metrics import load_metrics, perplexity
 from .packing import IGNORE, Packer
-from .runners import Memory, Runner, make_runners
+from .routing import find_sites, watch
+from .runners import Memory, Runner, Whole, make_runners
 
 TOKENS_AT_ONCE = 128
 """Tokens whose distributions are held in float64 at once."""
@@ -82,15 +84,25 @@ class Batch:
     """[B, T] int64."""
     labels: Tensor
     """[B, T] int64, the next token or `IGNORE`."""
+    about: Tensor
+    """[B] int64, the label of each row's document."""
 
     @property
     def predicted(self) -> int:
         return int((self.labels != IGNORE).sum())
 
 
+@dataclass(frozen=True)
+class Window:
+    """At most `length` + 1 token ids of one document, of which the first is not predicted, and the document's label."""
+
+    ids: np.ndarray
+    label: int
+
+
 def cut(documents: Sequence[Document], encode: Callable[[Document], Sequence[int]], length: int, tokens: int | None,
-        seed: int) -> list[np.ndarray]:  # fmt: skip
-    """Windows of at most `length` + 1 token ids: the first is not predicted.
+        seed: int) -> list[Window]:  # fmt: skip
+    """Windows of the documents.
 
     Args:
         tokens: stop after this many predicted tokens; the documents come in an order that `seed` fixes.
@@ -101,25 +113,26 @@ def cut(documents: Sequence[Document], encode: Callable[[Document], Sequence[int
     found, left = [], math.inf if tokens is None else tokens
     for row in Packer([Pool(tuple(documents))], encode, length, seed, shared=False).rows(repeat=False):
         count = int(min(row.real.sum(), left))
-        found.append(np.append(row.tokens[:count], row.labels[count - 1]).astype(np.int32))
+        ids = np.append(row.tokens[:count], row.labels[count - 1]).astype(np.int32)
+        found.append(Window(ids, int(row.about[0])))
         left -= count
         if left == 0:
             break
     return found
 
 
-def batch(windows: Sequence[np.ndarray], rows: int) -> list[Batch]:
+def batch(windows: Sequence[Window], rows: int) -> list[Batch]:
     """Batches of windows of like length, the longest first, so that little is padding and memory shows its peak at once."""
     made = []
-    order = sorted(windows, key=len, reverse=True)
+    order = sorted(windows, key=lambda window: len(window.ids), reverse=True)
     for start in range(0, len(order), rows):
         chunk = order[start : start + rows]
-        ids = torch.zeros(len(chunk), len(chunk[0]) - 1, dtype=torch.int64)
+        ids = torch.zeros(len(chunk), len(chunk[0].ids) - 1, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORE)
         for row, window in enumerate(chunk):
-            ids[row, : len(window) - 1] = torch.from_numpy(window[:-1])
-            labels[row, : len(window) - 1] = torch.from_numpy(window[1:])
-        made.append(Batch(ids, labels))
+            ids[row, : len(window.ids) - 1] = torch.from_numpy(window.ids[:-1])
+            labels[row, : len(window.ids) - 1] = torch.from_numpy(window.ids[1:])
+        made.append(Batch(ids, labels, torch.tensor([window.label for window in chunk])))
     return made
 
 
@@ -132,6 +145,7 @@ class Setting:
         rows: windows in one forward pass.
         memory: hold models whole, or one decoder layer at a time; `auto` holds them whole where they fit.
         dtype: of the computation; None is float32 on a CPU, elsewhere the checkpoint's.
+        routing: also watch the routers of the first model.
     """
 
     length: int = 1024
@@ -141,6 +155,32 @@ class Setting:
     memory: Memory = "auto"
     dtype: str | None = None
     device: str = "cpu"
+    routing: bool = False
+
+
+class Watching:
+    """What the routers of a model do, over all batches and by the labels of their documents.
+
+    Raises:
+        BadInput: it has none.
+        MachineLacks: it is not whole in memory.
+    """
+
+    def __init__(self, runner: Runner, labels: int) -> None:
+        if not isinstance(runner, Whole):
+            raise MachineLacks(f"{runner.ref}: its routers are watched while it is whole in memory, and it is run one layer at a time; "
+                               "leave --routing or --memory layers out")  # fmt: skip
+        self.sites = find_sites(runner.model)
+        if not self.sites:
+            raise BadInput(f"{runner.ref} has no mixtures, so there is no routing to watch; leave --routing out")
+        self.device, self.statistics = runner.device, Statistics(labels if labels > 1 else 0)
+
+    @contextmanager
+    def over(self, one: Batch) -> Iterator[None]:
+        """While the model runs a batch."""
+        with watch(self.sites, (one.labels != IGNORE).to(self.device)) as seen:
+            yield
+        self.statistics.add(seen, one.about.repeat_interleave(one.ids.shape[1]).to(self.device))
 
 
 @dataclass(frozen=True)
@@ -153,6 +193,8 @@ class Measured:
     """`whole` or `layers`."""
     dtype: str
     windows: int = field(default=0)
+    routing: dict[str, Any] | None = None
+    """Of :func:`moeforge.train.metrics.load_metrics`, where it was asked for."""
 
 
 def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Checkpoint | None, setting: Setting,
@@ -162,6 +204,7 @@ def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Chec
     Raises:
         BadInput: a model cannot be run, there is no tokenizer or no text, or the two cut text into other tokens.
         GateRefused: a model gives infinities or NaN, of which no number would mean anything.
+        MachineLacks: routers are to be watched of a model that does not fit into memory.
     """
     encode = _encoder(checkpoint, against, documents)
     batches = batch(cut(documents, encode, setting.length, setting.tokens, setting.seed), setting.rows)
@@ -174,12 +217,16 @@ def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Chec
         if largest >= runner.vocabulary:
             raise BadInput(f"{runner.ref}: the tokenizer gives id {largest}, the model has {runner.vocabulary}; "
                            "is this its tokenizer?")  # fmt: skip
+    watching = Watching(runners[0], 1 + max(int(one.about.max()) for one in batches)) if setting.routing else None
     score = Score()
     with ctx.bar("measuring", sum(one.ids.numel() for one in batches) * len(runners), "tokens") as bar:
         for group in _groups(batches, runners):
             ids = [one.ids for one in group]
             with ExitStack() as stack:
-                outs = [stack.enter_context(runner.run(ids, bar.advance)) for runner in runners]
+                # whoever watches holds the model whole, and such a model is given one batch at a time
+                with watching.over(group[0]) if watching is not None else nullcontext():
+                    outs = [stack.enter_context(runners[0].run(ids, bar.advance))]
+                outs += [stack.enter_context(runner.run(ids, bar.advance)) for runner in runners[1:]]
                 for at, one in enumerate(group):
                     _add(score, one, [out[at] for out in outs])
                     _check_finite(score, runners)
@@ -187,8 +234,9 @@ def measure(documents: Sequence[Document], checkpoint: Checkpoint, against: Chec
     values = score.as_json(against=against is not None)
     first = runners[0]
     return Measured(
-        values, total / max(first.seconds, 1e-9), first.how, first.dtype, sum(len(one.ids) for one in batches)
-    )
+        values, total / max(first.seconds, 1e-9), first.how, first.dtype, sum(len(one.ids) for one in batches),
+        None if watching is None else load_metrics(watching.statistics),
+    )  # fmt: skip
 
 
 def _add(score: Score, one: Batch, logits: Sequence[Callable[[slice], Tensor]]) -> None:

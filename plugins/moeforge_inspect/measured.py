@@ -1,4 +1,4 @@
-"""What `tune` measured while it ran, and `eval` afterwards, read back from their files: a stranger may have written those."""
+"""What `tune` measured while it ran, and `eval` at another time, read back from their files: a stranger may have written those."""
 
 from __future__ import annotations
 
@@ -158,19 +158,29 @@ def separations(by_label: list[Shares]) -> list[list[float | None]]:
 
 
 def read_eval(path: Path) -> dict[str, Any]:
-    """The numbers of `moeforge eval --json > FILE`: its last line.
+    """The numbers of `moeforge eval --json > FILE`: its last line; where it watched the routers, `load` is what they did, and `labels` the
+    sources of the text, by number.
 
     Raises:
         BadInput: it is no such file.
     """
+    how = "write it with `moeforge eval REF --data SOURCE --json > FILE`"
     try:
         lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
         found = json.loads(lines[-1])
     except (OSError, ValueError, IndexError, RecursionError) as error:
-        raise BadInput(f"--eval {path}: cannot be read as the answer of `moeforge eval --json` ({error}); write it with "
-                       "`moeforge eval REF --data SOURCE --json > FILE`") from error  # fmt: skip
+        raise BadInput(
+            f"--eval {path}: cannot be read as the answer of `moeforge eval --json` ({error}); {how}"
+        ) from error
     if not isinstance(found, dict) or not {"loss", "lm_eval"} & found.keys():
         raise BadInput(
-            f"--eval {path}: its last line is not the answer of `moeforge eval --json`: it has no loss and no lm_eval"
+            f"--eval {path}: its last line is not the answer of `moeforge eval --json`: it has no loss and no lm_eval; {how}"
         )
-    return found
+    routing = found.pop("routing", None)
+    if routing is None:
+        return found
+    try:
+        load = _load(routing, f"evaluated text, {found.get('tokens')} tokens")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--eval {path}: its `routing` is not what eval writes ({error}); {how}") from error
+    return found | {"load": load, "labels": label_names({"counts": {"data": found.get("data")}})}

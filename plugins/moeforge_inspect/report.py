@@ -82,7 +82,7 @@ class Report:
         numbers["training"] = find_training(src.path, src.manifest)
         numbers["eval"] = None if options.eval is None else read_eval(options.eval)
         numbers["tokens"] = None if text is None else _route(src, text, options, ctx)
-        numbers["specialisation"] = _specialisation(numbers["training"], numbers["missing"])
+        numbers["specialisation"] = _specialisation(numbers["eval"], numbers["training"], numbers["missing"])
         numbers |= _drift(src, options, ctx, numbers["missing"])
         numbers["missing"] = _absent(src, numbers) | numbers["missing"]
         return Answer(numbers, "\n".join(_told(numbers)), page=page(numbers))
@@ -145,20 +145,23 @@ def _route(src: Artifact, text: str, options: Options, ctx: Context) -> dict[str
         return route(checkpoint, text, options.max_tokens, options.dtype, options.device, ctx)
 
 
-def _specialisation(training: Mapping[str, Any] | None, absent: dict[str, Any]) -> dict[str, Any] | None:
-    """Of the newest measurement by label: `lift` [labels][L][E], `separation` [L][labels], names."""
-    measured = [load for load in (training or {}).get("loads", ()) if load.get("by_label")]
-    if training is None or not measured:
+def _specialisation(
+    evaluated: Mapping[str, Any] | None, training: Mapping[str, Any] | None, absent: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Of the evaluation, else of the newest measurement of the training, by label: `lift` [labels][L][E], `separation` [L][labels], names."""
+    found = [(load, training["labels"]) for load in training["loads"]] if training is not None else []
+    if evaluated is not None and "load" in evaluated:
+        found.append((evaluated["load"], evaluated["labels"]))
+    measured = [(load, labels) for load, labels in found if load.get("by_label")]
+    if not measured:
         return None
-    newest = measured[-1]
+    newest, labels = measured[-1]
     count = max(map(len, newest["by_label"]))
     # labels are numbered as they are named; the last ones may not have been met
-    names = (
-        training["labels"][:count] if len(training["labels"]) >= count else [f"label {label}" for label in range(count)]
-    )
+    names = labels[:count] if len(labels) >= count else [f"label {label}" for label in range(count)]
     met = [name for at, name in enumerate(names) if any(sum(rows[at]) for rows in newest["by_label"])]
     if len(met) < 2:
-        absent["specialisation"] = {"why": f"The held-out text holds only {' and '.join(met) or 'nothing'}, so there is nothing to compare.",
+        absent["specialisation"] = {"why": f"The text that was measured holds only {' and '.join(met) or 'nothing'}, so there is nothing to compare.",
                                     "command": "moeforge tune ... --held-out 0.1"}  # fmt: skip
         return None
     return {
@@ -247,12 +250,20 @@ def _absent(src: Artifact, numbers: Mapping[str, Any]) -> dict[str, Any]:
         found["lineage"] = {"why": "moeforge did not write it, so nothing is known of where it comes from."}
     if training is None or not (training["steps"] or training["held_out"]):
         found["training"] = {"why": "No metrics of a training run are on this machine.", "command": tune}
-    if not (training or {}).get("loads") and numbers["tokens"] is None:
-        found["load"] = {"why": "Nobody has watched its routers. Tuning does, and so does a text:",
-                         "command": f"moeforge report {ref} --text-file FILE"}  # fmt: skip
+    watched = (training or {}).get("loads") or (numbers["eval"] or {}).get("load") or numbers["tokens"]
+    evaluate = (
+        f"moeforge eval {ref} --data A --data B --routing --json > eval.json; moeforge report {ref} --eval eval.json"
+    )
+    if not watched:
+        found["load"] = {
+            "why": "Nobody has watched its routers. Tuning does, so does a text (--text), and so does",
+            "command": evaluate,
+        }
     if numbers["specialisation"] is None:
-        found["specialisation"] = {"why": "Load was not measured by label. Several sources of text, or a field that labels documents, do it:",
-                                   "command": f"moeforge tune {ref} --data A --data B -o tuned"}  # fmt: skip
+        found["specialisation"] = {
+            "why": "Load was not measured by kind of text. Tuning on several does it, and so does",
+            "command": evaluate,
+        }
     if numbers["tokens"] is None:
         found["tokens"] = {"why": "No text was given.", "command": f'moeforge report {ref} --text "some text"'}
     if numbers["eval"] is None:

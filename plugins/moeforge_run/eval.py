@@ -30,6 +30,10 @@ class Options(Decoding):
     sequence_length: int = opt("documents are cut into windows of this many predicted tokens", default=1024, min=1, unit="tokens")  # fmt: skip
     batch_size: int = opt("windows in one forward pass", default=1, min=1)
     seed: int = opt("order of the documents, which matters with --tokens and --held-out", default=0, min=0)
+    routing: bool = opt(
+        "also watch the routers: load, idle experts and entropy of every layer, and the load by --data source",
+        default=False,
+    )
     memory: Literal["auto", "whole", "layers"] = opt(
         "hold the model whole, or one layer at a time whatever its size; auto: whole where it fits", default="auto"
     )
@@ -44,6 +48,12 @@ class Options(Decoding):
             raise UsageProblem("eval needs text: --data PATH, or --data builtin:prose (or --lm-eval TASKS)")
         if not self.data and (self.against is not None or self.tokens is not None or self.held_out):
             raise UsageProblem("--against, --tokens and --held-out are about text: give --data PATH too")
+        if self.routing and not self.data:
+            raise UsageProblem("--routing is watched while text is predicted: give --data PATH too")
+        if self.routing and self.memory == "layers":
+            raise UsageProblem(
+                "--routing is watched in a model that is whole in memory; leave it or --memory layers out"
+            )
         if self.limit is not None and not self.lm_eval:
             raise UsageProblem("--limit is about the examples of --lm-eval TASKS; use --tokens to bound the text")
         if self.lm_eval and self.memory == "layers":
@@ -57,6 +67,7 @@ class Eval:
     summary: ClassVar[str] = "measure perplexity and accuracy on text, and the distance from another checkpoint"
     examples: ClassVar[dict[str, str]] = {
         "moeforge eval tuned --data builtin:prose --tokens 20000": "on text that is on every machine",
+        "moeforge eval moe --data prose/ --data code/ --routing --json > eval.json": "and who works for which of the two; `report --eval` draws it",
         "moeforge eval small --against tuned --data notes/ --json": "what compression cost, as one line of JSON",
     }
     api_version: ClassVar[int] = 1
@@ -104,7 +115,7 @@ def measure_text(ref: str, options: Options, ctx: Context) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     check_compute(options.device, options.dtype)
     setting = Setting(options.sequence_length, options.tokens, options.batch_size, options.seed, options.memory,
-                      options.dtype, options.device)  # fmt: skip
+                      options.dtype, options.device, options.routing)  # fmt: skip
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(_open(ref, options))
         against = None if options.against is None else stack.enter_context(_open(options.against, options))
@@ -113,7 +124,7 @@ def measure_text(ref: str, options: Options, ctx: Context) -> dict[str, Any]:
         **({"against": options.against} if options.against else {}), **found.values,
         "tokens_per_second": found.tokens_per_second, "data": [pinned(spec) for spec in options.data],
         "documents": len(documents), "windows": found.windows, "sequence_length": options.sequence_length,
-        "dtype": found.dtype, "memory": found.how,
+        "dtype": found.dtype, "memory": found.how, **({"routing": found.routing} if found.routing else {}),
     }  # fmt: skip
 
 
@@ -125,6 +136,10 @@ def describe(found: dict[str, Any]) -> str:
         rows += [(f"perplexity of {found['against']}", perplexity_text(found['against_perplexity'])),
                  ("KL divergence from it", f"{found['kl']:.3g} nats a token"),
                  ("same favourite token", f"{found['agreement']:.1%}")]  # fmt: skip
+    if (imbalance := found.get("routing", {}).get("imbalance")) is not None:
+        rows.append(
+            ("busiest expert over the mean", f"{imbalance:.2f}, mean of {len(found['routing']['load'])} layers")
+        )
     rows += [("measured on", f"{found['tokens']:,} tokens of {', '.join(found['data'])}"),
              ("computed", f"{found['dtype']}, {found['memory']}, {found['tokens_per_second']:.0f} tokens/s")]  # fmt: skip
     return "\n".join(table(("measure", "value"), rows))

@@ -23,7 +23,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Numbers], Markup]]] = {
     "sizes": ("Sizes", lambda numbers: sizes_section(numbers["sizes"])),
     "training": ("Loss", lambda numbers: loss_section(numbers["training"])),
     "eval": ("Evaluation", lambda numbers: eval_section(numbers["eval"])),
-    "load": ("Expert load", lambda numbers: load_section(numbers["training"], numbers["tokens"])),
+    "load": ("Expert load", lambda numbers: load_section(numbers["training"], numbers["eval"], numbers["tokens"])),
     "specialisation": ("Specialisation", lambda numbers: specialisation_section(numbers["specialisation"])),
     "tokens": ("Text routing", lambda numbers: tokens_section(numbers["tokens"])),
     "drift": ("Drift", lambda numbers: drift_section(numbers["drift"])),

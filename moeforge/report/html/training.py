@@ -30,11 +30,15 @@ def loss_section(training: Mapping[str, Any]) -> Markup:
     ])  # fmt: skip
 
 
-def load_section(training: Mapping[str, Any] | None, tokens: Mapping[str, Any] | None) -> Markup:
-    """Each expert's share of the assignments of its layer: of every measurement, and of the given text."""
+def load_section(
+    training: Mapping[str, Any] | None, evaluated: Mapping[str, Any] | None, tokens: Mapping[str, Any] | None
+) -> Markup:
+    """Each expert's share of the assignments of its layer: of every measurement, of the evaluation, and of the given text."""
     measured = list((training or {}).get("loads", ()))
     # the last and the first are what a reader compares
     ordered = [*measured[-1:], *measured[:-1][:1], *reversed(measured[1:-1])]
+    if evaluated is not None and "load" in evaluated:
+        ordered.insert(0, evaluated["load"])
     if tokens is not None:
         title = f"the given text, {len(tokens['tokens'])} tokens"
         ordered.insert(

@@ -16,6 +16,7 @@ from moeforge.checkpoint import open_checkpoint
 from moeforge.errors import BadInput, UsageProblem
 from moeforge.pipeline.context import Context
 from moeforge.pipeline.progress import Progress
+from moeforge.testing.command import run
 from moeforge.testing.conformance import check_light
 from moeforge.testing.models import tiny, tiny_tokenizer
 from moeforge_inspect import drift
@@ -265,7 +266,9 @@ def test_what_is_absent_is_told_with_what_would_make_it(home, report):
     missing = report(home / "moe", drift=False).data["missing"]
     assert set(missing) == {"training", "load", "specialisation", "tokens", "eval", "drift", "apart"}
     assert missing["training"]["command"] == f"moeforge tune {home / 'moe'} --data SOURCE -o tuned"
-    assert missing["load"]["command"] == f"moeforge report {home / 'moe'} --text-file FILE"
+    assert missing["load"]["command"].startswith(
+        f"moeforge eval {home / 'moe'} --data A --data B --routing --json > eval.json;"
+    )
     assert "load" not in report(home / "moe", drift=False, text="a").data["missing"]
 
 
@@ -298,6 +301,21 @@ def test_numbers_of_eval_are_shown(home, report, tmp_path):
         (tmp_path / "eval.json").write_text(text)
         with pytest.raises(BadInput, match="--eval"):
             report(home / "moe", drift=False, eval=tmp_path / "eval.json")
+
+
+def test_an_evaluation_that_watched_the_routers_fills_load_and_specialisation(home, report, tmp_path):
+    data = [word for kind in ("wine", "code") for word in ("--data", home / f"{kind}.jsonl")]
+    told = run("eval", home / "moe", *data, "--routing", "--sequence-length", 32, "--json", check=True).out
+    (tmp_path / "eval.json").write_text(told)
+    said = json.loads(told)["routing"]
+    answer = report(home / "moe", drift=False, eval=tmp_path / "eval.json")
+    assert answer.data["eval"]["load"]["load"] == said["load"] and "evaluated text" in answer.page
+    assert [name.rpartition("/")[2] for name in answer.data["specialisation"]["labels"]] == ["wine.jsonl", "code.jsonl"]
+    assert answer.data["specialisation"]["lift"] == lifts(said["by_label"])
+    assert not {"load", "specialisation"} & answer.data["missing"].keys()
+    (tmp_path / "eval.json").write_text(json.dumps({"loss": 1, "routing": {"load": [["x"]]}}))
+    with pytest.raises(BadInput, match="its `routing`"):
+        report(home / "moe", drift=False, eval=tmp_path / "eval.json")
 
 
 def test_wishes_that_cannot_be_met_are_refused(home, report, tmp_path):

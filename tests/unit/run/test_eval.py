@@ -10,6 +10,7 @@ import torch
 
 from moeforge.checkpoint import open_checkpoint
 from moeforge.errors import BadInput, GateRefused, MachineLacks, UsageProblem
+from moeforge.model.load import load
 from moeforge.model.proof import prove
 from moeforge.options import build
 from moeforge.pipeline.artifact import Artifact
@@ -320,3 +321,45 @@ def test_the_command_prints_a_table_or_one_line_of_json(saved, text, tmp_path):
 def test_a_device_or_type_that_is_not_there_is_refused(answer, saved, text, options, error):
     with pytest.raises(error, match="|".join(options.values())):
         answer(saved[1], data=(str(text[0]),), **options)
+
+
+@pytest.fixture(scope="module")
+def mixture(saved, tmp_path_factory):
+    return inprocess.run(
+        "upcycle", saved[1], tmp_path_factory.mktemp("mix") / "moe", "noise", experts=4, top_k=2, verify=False
+    ).path
+
+
+def test_routers_are_watched_by_source_without_changing_a_number(answer, mixture, tokenizer, text, tmp_path):
+    other = [f"{i} + {i} = {2 * i};" for i in range(7)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": body}) + "\n" for body in other))
+    data = (str(text[0]), str(tmp_path / "code.jsonl"))
+    plain, found = (answer(mixture, data=data, batch_size=3, routing=on).data for on in (False, True))
+    watched = found.pop("routing")
+    # a number of speed is none of the text
+    assert {**found, "tokens_per_second": 0} == {**plain, "tokens_per_second": 0} and "routing" not in plain
+    model = load(str(mixture), dtype="float32")
+    counts = torch.zeros(3, 2, 4)
+    for label, bodies in enumerate((text[1], other)):
+        for ids, _ in windows(tokenizer, bodies):
+            with torch.no_grad():
+                logits = model(input_ids=ids, output_router_logits=True).router_logits
+            for layer, said in enumerate(logits):
+                counts[layer, label] += torch.bincount(said.topk(2).indices.flatten(), minlength=4)
+    assert watched["sites"] == [f"model.layers.{layer}.mlp" for layer in range(3)]
+    for layer in range(3):
+        assert watched["load"][layer] == pytest.approx((counts[layer].sum(0) / counts[layer].sum()).tolist(), abs=1e-6)
+        shares = (counts[layer] / counts[layer].sum(-1, keepdim=True)).tolist()
+        assert [pytest.approx(row, abs=1e-6) for row in shares] == watched["by_label"][layer]
+
+
+def test_routers_that_cannot_be_watched_are_told(answer, saved, mixture, text, monkeypatch):
+    with pytest.raises(BadInput, match="has no mixtures"):
+        answer(saved[1], data=(str(text[0]),), routing=True)
+    monkeypatch.setattr("moeforge.train.runners.available_memory", lambda: 0)
+    with pytest.raises(MachineLacks, match="one layer at a time"):
+        answer(mixture, data=(str(text[0]),), routing=True)
+    with pytest.raises(UsageProblem, match="--routing"):
+        build(Eval.Options, {"routing": True, "lm_eval": ("x",)})
+    with pytest.raises(UsageProblem, match="--memory layers"):
+        build(Eval.Options, {"routing": True, "data": ("x",), "memory": "layers"})

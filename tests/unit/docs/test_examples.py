@@ -27,8 +27,10 @@ RUN = {
 
 
 def stages(line):
-    """[verb, words after it] of every stage of a pipe."""
+    """[verb, words after it] of every stage of a pipe; where the last one's answer goes is the shell's."""
     words, found = shlex.split(line), [[]]
+    if words[-2:-1] == [">"]:
+        words = words[:-2]
     for word in words:
         if word == "|":
             found.append([])
@@ -61,9 +63,11 @@ def test_the_help_of_a_verb_shows_its_examples(verb):
 def test_an_example_parses_and_uses_its_verb(verb, line):
     assert verb in [name for name, _ in stages(line)]
     for place, (name, words) in enumerate(stages(line)):
-        sources, _ = options(name, words)
-        # the first stage names its source, the others read the pipe
-        assert (None in sources) == (place > 0)
+        sources, chosen = options(name, words)
+        # the first stage names its source, the others read the pipe; plan takes a model as an option does, and measures without one
+        model, measures = (getattr(chosen.options, option, None) for option in ("model", "calibrate"))
+        piped = None in sources or (model == "-" and not measures)
+        assert piped == (place > 0)
 
 
 def test_the_parser_of_these_tests_refuses_what_is_wrong():

@@ -39,6 +39,7 @@ from moeforge.train.export import trained_ops
 from moeforge.train.loop import Loop, Settings, borders_hold
 from moeforge.train.packing import Packer
 from moeforge.train.params import choose
+from moeforge.train.ranks import Ranks
 from moeforge.train.state import load_state
 
 UP = "model.layers.0.mlp.up_proj"
@@ -240,7 +241,7 @@ def test_a_state_of_another_run_is_not_loaded(tmp_path):
     before = {name: value.clone() for name, value in mine.items()}
     optimizer = torch.optim.AdamW([nn.Parameter(torch.randn(3))])
     with pytest.raises(BadInput, match=r"state-000004: not the state of this run \(1 tensors missing\); delete it"):
-        load_state(path, mine, optimizer)
+        load_state(path, mine, optimizer, Ranks(0, 1, torch.device("cpu")))
     assert all(torch.equal(mine[name], before[name]) for name in mine)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,18 @@ def check_model(layout: Layout, config: Mapping[str, Any], experts: int | None, 
                                "use a divisor, or --fsdp")  # fmt: skip
     # ranks that own the same experts cut them between two experts, and the engine does not load a part without any
     owned, holders = (experts or 0) // layout.ep, layout.shards // layout.ep if layout.ep > 1 else layout.fsdp
-    if experts is not None and -(-owned // holders) * (holders - 1) >= owned:
+    if experts is not None and empty_shards(owned, holders):
         raise UsageProblem(f"{layout}: {ref} has {experts} experts, so that of {holders} ranks which hold {owned} of them together one would "
                            "hold none; lower --fsdp, and the ranks that are left hold copies")  # fmt: skip
+
+
+def empty_shards(rows: int, ranks: int) -> int:
+    """Ranks that FSDP2 leaves without a row: it hands out pieces of ceil(rows / ranks), one a rank, until there are none.
+
+    Stacks of experts are cut along the axis that counts them. transformers stacks what a rank reads, and 5.24 fails where that is
+    nothing ("stack expects a non-empty TensorList").
+    """
+    return ranks - math.ceil(rows / math.ceil(rows / ranks))
 
 
 def _are(world: int) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from moeforge.train.layout import empty_shards
+
 ORDER = "tp-cp-ep-dp-pp"
 """Megatron-Core's default. Transformers' meshes (pp, dp_replicate, fsdp, tp) and (pp, dp_replicate, efsdp, ep) are laid out the
 same way, `dp` being dp_replicate x fsdp with fsdp the faster."""
@@ -193,15 +195,6 @@ def rules(layout: Layout, *, experts: int, heads: int, kv_heads: int, layers: in
                 "transformers: FSDP would leave ranks without an expert, which it cannot load; a larger --dp-replicate avoids it"
             )
     return found
-
-
-def empty_shards(rows: int, ranks: int) -> int:
-    """Ranks that FSDP2 leaves without a row: it hands out pieces of ceil(rows / ranks), one a rank, until there are none.
-
-    Stacks of experts are cut along the axis that counts them. transformers stacks what a rank reads, and 5.24 fails where that is
-    nothing ("stack expects a non-empty TensorList").
-    """
-    return ranks - math.ceil(rows / math.ceil(rows / ranks))
 
 
 def divisors(number: int) -> list[int]:

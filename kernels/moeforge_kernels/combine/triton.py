@@ -128,7 +128,7 @@ def combine(y: Tensor, pairs: Pairs) -> Tensor:
 
 def sum_rows(rows: Tensor, pairs: Pairs, weight: Tensor | None) -> Tensor:
     """[P, N] -> [T, N], summed in float32, times `weight` [P] where given. Not differentiable."""
-    ends = None if pairs.slots is not None else pairs.lengths().cumsum(0)
+    ends = None if pairs.slots else pairs.lengths().cumsum(0)
     return total(
         rows.contiguous(),
         None if weight is None else weight.contiguous(),

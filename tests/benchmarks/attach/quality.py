@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import LENGTH, ROOT, ROWS, Interval, Log, Trained, attach, domain, heading, settle_process, table, trainable
+from common import LENGTH, ROOT, ROWS, Log, Trained, attach, domain, heading, settle_process, table, trainable
 
+from moeforge.testing.interval import Interval
 from moeforge.testing.real import smollm2_gguf
 
 DOMAINS = ("prose", "code", "legal")

@@ -23,7 +23,6 @@ from common import (
     ROOT,
     ROWS,
     Domain,
-    Interval,
     Log,
     Trained,
     attach,
@@ -34,6 +33,7 @@ from common import (
 )
 
 from moeforge.model.adapters import forced, values_of
+from moeforge.testing.interval import Interval
 from moeforge.testing.real import smollm2_gguf
 from moeforge.train.batch import Batch, forward
 from moeforge.train.routing import find_sites

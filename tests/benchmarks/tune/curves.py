@@ -19,14 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moeforge.testing.interval import Interval
 from moeforge.testing.real import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parents[3]
 DENSE, FLOPS = "dense", "dense, equal FLOPs"
 SHAPES = {"split": ("--experts", 8, "--top-k", 4, "--granularity", 2)}
 """How a method makes its mixture, where that is not 4 experts of which 2 are active."""
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % for 1, 2, ... degrees of freedom."""
 
 
 def moeforge(*words: object) -> None:
@@ -121,14 +120,6 @@ DENSE_PARAMETERS = 134_515_008
 """SmolLM2-135M's, its tied embedding once."""
 
 
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """(mean, half of the 95 % interval over seeds)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, T_975[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-
-
 def gains(found: dict[str, list[dict[str, Any]]], name: str) -> list[list[float]]:
     """By measurement, what a contestant's held-out loss is above the dense model's of the same seed (the same held-out text, which a seed draws)."""
     columns = zip(*(
@@ -147,8 +138,7 @@ def report(found: dict[str, list[dict[str, Any]]]) -> str:
              "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, runs in found.items():
         first, last = (statistics.fmean(run["points"][at][1] for run in runs) for at in (0, -1))
-        mean, half = interval(gains(found, name)[-1])
-        apart = "" if half is None or name == DENSE else f"{mean:+.4f} ± {half:.4f}"
+        apart = "" if name == DENSE else str(Interval.of(gains(found, name)[-1]))
         parts = ["" if run["load"][0] is None else
                  " and ".join(f"{statistics.fmean(abs(x) for row in speciality(run, end) for x in row):.3f}" for end in (0, 1)) for run in runs[:1]]  # fmt: skip
         lines.append(f"| {name} | {runs[0]['total'] / 1e6:.0f} M | {runs[0].get('active', 1.0):.2f} | {first:.4f}, {last:.4f} | {apart} | "
@@ -172,9 +162,9 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         left.plot(tokens, losses, marker="o", markersize=3, label=name, linestyle="--" if name == FLOPS else "-")
         if name in (DENSE, FLOPS):
             continue
-        bars = [interval(column) for column in gains(found, name)]
+        bars = [Interval.of(column) for column in gains(found, name)]
         right.errorbar(
-            tokens, [mean for mean, _ in bars], yerr=[half or 0 for _, half in bars], marker="o", markersize=3, capsize=3, label=name
+            tokens, [bar.mean for bar in bars], yerr=[bar.half or 0 for bar in bars], marker="o", markersize=3, capsize=3, label=name
         )  # fmt: skip
     left.set(xlabel="tokens seen", ylabel="held-out loss, mean of seeds (nats a token)")
     right.set(xlabel="tokens seen", ylabel="above the dense model's, 95 % interval over seeds")

@@ -20,6 +20,7 @@ from .expert_ffn import OP as EXPERT_FFN
 from .expert_gemv import OP as EXPERT_GEMV
 from .expert_gemv import TOKENS
 from .grouped_gemm import OP as GROUPED_GEMM
+from .lora_experts import EXPAND as LORA_EXPAND
 from .lora_experts import OP as LORA_EXPERTS
 from .lora_experts import SHRINK as LORA_SHRINK
 from .lora_ffn import OP as LORA_FFN
@@ -160,6 +161,12 @@ def _shrink(case: Case, make: Callable[..., Tensor]) -> tuple[dict[str, Tensor],
     return tensors, lambda run, t, pairs: run(t["x"], pairs, t["lora_a"])
 
 
+def _expand(case: Case, make: Callable[..., Tensor]) -> tuple[dict[str, Tensor], Call]:
+    rank = case.slots + 4
+    tensors = {"low": make(_pairs_of(case), rank), "lora_b": make(case.experts, case.ffn, rank)}
+    return tensors, lambda run, t, pairs: run(t["low"], pairs, t["lora_b"], _scales(t["low"], case.experts))
+
+
 def _lora_ffn(case: Case, make: Callable[..., Tensor], gated: bool, rest: bool) -> tuple[dict[str, Tensor], Call]:
     rank, pairs = case.slots + 4, _pairs_of(case)
     tensors = {
@@ -197,6 +204,7 @@ VARIANTS: dict[str, Variant] = {
     "lora_experts": (LORA_EXPERTS, lambda case, make: _lora(case, make, False)),
     "lora_experts, one A": (LORA_EXPERTS, lambda case, make: _lora(case, make, True)),
     "lora_shrink": (LORA_SHRINK, _shrink),
+    "lora_expand": (LORA_EXPAND, _expand),
     "lora_ffn": (LORA_FFN, lambda case, make: _lora_ffn(case, make, True, True)),
     "lora_ffn, plain, no rest": (LORA_FFN, lambda case, make: _lora_ffn(case, make, False, False)),
     "expert_gemv": (EXPERT_GEMV, lambda case, make: _gemv(case, make, "silu", True, False)),
@@ -208,7 +216,7 @@ for _name in sorted({canonical(name) for name in CANONICAL}):
     VARIANTS[f"activation {_name}"] = (EXPERT_FFN, functools.partial(_ffn, activation=_name, gated=True, bias=False))
 
 
-ROWS = ("x", "y", "low_gate", "low_up")
+ROWS = ("x", "y", "low", "low_gate", "low_up")
 """Tensors that may have a row for every pair: those of empty ones are not to be read."""
 WEIGHTED = {"y", "up", "lora_b"}
 """Who takes one of these uses the pairs' weights."""

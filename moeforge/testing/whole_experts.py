@@ -215,9 +215,20 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 BACKENDS: dict[str, dict[str, str]] = {
     "default": {},
-    "reference": {"lora_experts": "reference", "lora_shrink": "reference", "lora_ffn": "reference"},
-    "concat, blocked": {"lora_experts": "concat", "lora_shrink": "concat", "lora_ffn": "blocked"},
-    "grouped": {"lora_experts": "grouped", "lora_shrink": "grouped", "lora_ffn": "grouped"},
+    "reference": {
+        "lora_experts": "reference",
+        "lora_shrink": "reference",
+        "lora_expand": "reference",
+        "lora_ffn": "reference",
+    },
+    "concat, blocked": {
+        "lora_experts": "concat",
+        "lora_shrink": "concat",
+        "lora_expand": "concat",
+        "lora_ffn": "blocked",
+    },
+    "grouped": {"lora_experts": "grouped", "lora_shrink": "grouped", "lora_expand": "grouped", "lora_ffn": "grouped"},
+    "few": {"lora_experts": "few", "lora_expand": "few"},
     "cpu": {"lora_ffn": "cpu"},
 }
 """What the ops of LoRA experts run on, by op; an op that is not named chooses by itself."""
@@ -228,7 +239,7 @@ def pinned(backends: Mapping[str, str]) -> Iterator[None]:
     """Within the block ops run on these back ends, each by its name; :func:`moeforge_kernels.dispatch.using` is one name for all."""
     from moeforge_kernels import lora_experts, lora_ffn
 
-    ops = {op.name: op for op in (lora_experts.OP, lora_experts.SHRINK, lora_ffn.OP)}
+    ops = {op.name: op for op in (lora_experts.OP, lora_experts.SHRINK, lora_experts.EXPAND, lora_ffn.OP)}
     with contextlib.ExitStack() as stack:
         for name, backend in backends.items():
             op = ops[name]

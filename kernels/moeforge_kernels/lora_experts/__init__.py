@@ -12,17 +12,24 @@ RANKS = 256
 E r rows stays below what a processor needs), and nothing is sorted or gathered."""
 TOKENS = 64
 """T below which the same holds whatever the ranks: small products cost their launches."""
+FEW = 2
+"""Pairs times this up to E: so few that each is a product by itself, and the B of no other expert is touched."""
 
 
 def plan(tokens: int, experts: int, rank: int) -> str:
-    """`concat` or `grouped`: which of torch's ways is the faster one."""
+    """`concat` or `grouped`: which of torch's ways is the faster one for many pairs."""
     return "concat" if experts * rank <= RANKS or tokens < TOKENS else "grouped"
+
+
+def are_few(pairs: Pairs) -> bool:
+    return FEW * len(pairs.token) <= pairs.experts
 
 
 OP = Op(
     "lora_experts",
     Backend("concat", "lora_experts.library:concat", always),
     Backend("grouped", "lora_experts.library:grouped", always),
+    Backend("few", "lora_experts.library:few", always),
     Backend("reference", "lora_experts.reference:lora_experts", always),
 )
 SHRINK = Op(
@@ -30,6 +37,13 @@ SHRINK = Op(
     Backend("concat", "lora_experts.library:shrink_concat", always),
     Backend("grouped", "lora_experts.library:shrink_grouped", always),
     Backend("reference", "lora_experts.reference:lora_shrink", always),
+)
+EXPAND = Op(
+    "lora_expand",
+    Backend("concat", "lora_experts.library:expand_concat", always),
+    Backend("grouped", "lora_experts.library:expand_grouped", always),
+    Backend("few", "lora_experts.library:expand_few", always),
+    Backend("reference", "lora_experts.reference:lora_expand", always),
 )
 
 
@@ -43,12 +57,13 @@ def lora_experts(
         lora_a: [E, r, D], or [1, r, D]: one for all experts.
         lora_b: [E, D', r].
         scale: [E] float32, without gradient.
-        backend: `concat`, `grouped` or `reference`; default: what :func:`plan` says.
+        backend: `concat`, `grouped`, `few` or `reference`; default: what :func:`plan` says.
 
     Returns:
         [T, D'] in x's dtype. Differentiable in x, lora_a, lora_b and the pairs' weights.
     """
-    chosen = OP.choose(backend, x, pairs, lora_a, lora_b, scale, default=plan(len(x), pairs.experts, lora_a.shape[1]))
+    default = "few" if are_few(pairs) else plan(len(x), pairs.experts, lora_a.shape[1])
+    chosen = OP.choose(backend, x, pairs, lora_a, lora_b, scale, default=default)
     return chosen.function(x, pairs, lora_a, lora_b, scale)
 
 
@@ -56,3 +71,11 @@ def lora_shrink(x: Tensor, pairs: Pairs, lora_a: Tensor, *, backend: str | None 
     """A_e x_t of each pair (t, e): [T, D] -> [P, r] in x's dtype; rows of empty pairs are zero. See :func:`lora_experts`."""
     chosen = SHRINK.choose(backend, x, pairs, lora_a, default=plan(len(x), pairs.experts, lora_a.shape[1]))
     return chosen.function(x, pairs, lora_a)
+
+
+def lora_expand(low: Tensor, pairs: Pairs, lora_b: Tensor, scale: Tensor, *, backend: str | None = None) -> Tensor:
+    """out_t = sum over pairs (t, e, w) of w * scale_e * B_e low of the pair: [P, r] -> [T, D'] in low's dtype; rows of empty pairs are
+    not read. See :func:`lora_experts`."""
+    # the product of all ranks accumulates onto few rows whatever E r is, so it is never grouped unasked
+    chosen = EXPAND.choose(backend, low, pairs, lora_b, scale, default="few" if are_few(pairs) else "concat")
+    return chosen.function(low, pairs, lora_b, scale)

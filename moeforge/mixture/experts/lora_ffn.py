@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from moeforge_kernels.activations import activation as find
 from moeforge_kernels.combine import combine
 from moeforge_kernels.grouped_gemm import grouped_gemm
-from moeforge_kernels.lora_experts import lora_shrink
+from moeforge_kernels.lora_experts import lora_expand, lora_shrink
 from moeforge_kernels.lora_ffn import lora_ffn
 from moeforge_kernels.pairs import Pairs
 
@@ -144,7 +144,7 @@ class LoraFFNExperts(Experts):
         b_down = self._b("down")
         if b_down is None or low_down is None:
             return out
-        return out + self._expand(low_down, pairs, b_down, scale).to(out.dtype)
+        return out + lora_expand(low_down, pairs, b_down, scale).to(out.dtype)
 
     def _down(self, mixed: Tensor, pairs: Pairs) -> Tensor:
         """W mixed, and the bias as often as the weights say."""
@@ -154,17 +154,6 @@ class LoraFFNExperts(Experts):
         if bias is not None and self.options.base_weight == "paper":
             out = out + ((pairs.gates().sum(-1, keepdim=True) - 1) * bias).to(out.dtype)
         return out
-
-    def _expand(self, low: Tensor, pairs: Pairs, b: Tensor, scale: Tensor) -> Tensor:
-        """sum_e w_e s_e B_e low of every token, [T, D]: weighted where it is r wide, then one product over all ranks."""
-        real = pairs.expert < self.count
-        expert = pairs.expert.clamp_max(self.count - 1)
-        weight = (pairs.weight * scale[expert]).masked_fill(~real, 0)
-        rank = low.shape[-1]
-        spread = low.new_zeros(pairs.tokens, self.count, rank)
-        rows = torch.where(real.unsqueeze(-1), low, torch.zeros((), dtype=low.dtype, device=low.device))
-        spread = spread.index_put((pairs.token, expert), rows * weight.unsqueeze(-1).to(low.dtype), accumulate=True)
-        return spread.flatten(1) @ b.transpose(1, 2).flatten(0, 1)
 
     def _by_pair(self, x: Tensor, low: Tensor, pairs: Pairs) -> Tensor:
         """The sum with a whole down product for each pair: what magnitudes and dropout ask for."""

@@ -78,7 +78,7 @@ class Contest:
         args = self.args
         words = [word for data in self.data for word in ("--data", data)] + [
             "--train", args.train, "--steps", steps, "--evaluate-every", max(1, steps // args.points), "--sequence-length", args.length,
-            "--batch-size", args.rows, "--learning-rate", args.learning_rate, "--held-out", args.held_out, "--seed", seed,
+            "--batch-size", args.rows, "--learning-rate", args.learning_rate, "--held-out", args.held_out, "--precision", args.precision, "--seed", seed,
         ]  # fmt: skip
         key = " ".join(map(str, [name, *words]))
         if key not in self.kept:
@@ -207,6 +207,7 @@ def main() -> None:
     )
     parser.add_argument("--train", default="all")
     parser.add_argument("--learning-rate", default="1e-4")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--held-out", default="0.01")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tune-curves")
     args = parser.parse_args()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeforge_kernels.activations import FUNCTIONS
-from moeforge_kernels.lora_experts import OP, SHRINK, lora_experts, lora_shrink, plan
+from moeforge_kernels.lora_experts import EXPAND, OP, SHRINK, are_few, lora_expand, lora_experts, lora_shrink, plan
 from moeforge_kernels.lora_ffn import OP as FFN
 from moeforge_kernels.lora_ffn import lora_ffn
 from moeforge_kernels.lora_ffn.blocked import ROWS
@@ -66,7 +66,7 @@ def compare(run, inputs, weight, index, experts, dtype, backend):
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("backend", ["concat", "grouped"])
+@pytest.mark.parametrize("backend", ["concat", "grouped", "few"])
 @pytest.mark.parametrize("share", [False, True])
 def test_lora_experts(backend, sizes, dtype, share):
     tokens, experts, slots, rank = sizes
@@ -83,7 +83,14 @@ def test_lora_experts(backend, sizes, dtype, share):
     def shrink(which, values, pairs):
         return (lora_shrink(values[0], pairs, values[1], backend=which), values[2].sum() + pairs.weight.sum())
 
-    assert compare(shrink, inputs, weight, index, experts, dtype, backend) <= LIMITS[dtype]
+    if backend in SHRINK.backends:
+        assert compare(shrink, inputs, weight, index, experts, dtype, backend) <= LIMITS[dtype]
+    low = random(tokens * slots, rank, dtype=dtype, seed=4)
+
+    def expand(which, values, pairs):
+        return (lora_expand(values[0], pairs, values[1], scale, backend=which),)
+
+    assert compare(expand, [low, inputs[2]], weight, index, experts, dtype, backend) <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
@@ -170,6 +177,15 @@ def test_the_plan_and_what_is_refused():
     index, weight = routed(3, 2, 1, torch.float32)
     pairs = pairs_from_slots(index, weight, 2)
     x, a = torch.randn(3, 4), torch.randn(2, 2, 4)
-    with pytest.raises(ValueError, match="no backend 'magic'; there are concat, grouped, reference"):
+    with pytest.raises(ValueError, match="no backend 'magic'; there are concat, grouped, few, reference"):
         lora_experts(x, pairs, a, torch.randn(2, 5, 2), torch.ones(2), backend="magic")
-    assert {*OP.backends} == {*SHRINK.backends} == {"concat", "grouped", "reference"}
+    assert (
+        {*OP.backends} == {*EXPAND.backends} == {*SHRINK.backends, "few"} == {"concat", "grouped", "few", "reference"}
+    )
+    # one token's two pairs among eight experts touch two of them; three tokens' pairs are no longer few
+    assert [are_few(pairs_from_slots(*routed(tokens, 8, 2, torch.float32), 8)) for tokens in (0, 1, 2, 3)] == [
+        True,
+        True,
+        True,
+        False,
+    ]

@@ -37,6 +37,21 @@ E, K, R, ALPHA = 8, 2, 16, 32
 ROWS = ("ours", "peft r", "peft k r", "mixlora loop", "naive", "frozen alone")
 
 
+ROUTING = {"even": 0.0, "zipf": 1.2, "one-hot": 1e6}
+"""How tokens are spread -> s: without what the router sees in a token, expert e would be chosen like (e + 1)^-s."""
+
+
+@torch.no_grad()
+def spread(weight: torch.Tensor, bias: torch.Tensor, routing: str) -> None:
+    """Make a router's logits N(-s log(e + 1), 1) on N(0, 1) inputs, the same ones in every row of the benchmark.
+
+    Args:
+        weight: [E, D]. bias: [E].
+    """
+    weight.normal_(std=weight.shape[1] ** -0.5, generator=torch.Generator().manual_seed(2))
+    bias.copy_(-ROUTING[routing] * torch.arange(1, E + 1).log())
+
+
 class Dense(nn.Module):
     def __init__(self, width: int, ffn: int) -> None:
         super().__init__()
@@ -50,11 +65,12 @@ class Dense(nn.Module):
 class Loop(nn.Module):
     """MixLoRA 0.2.3's way, or (naive) a whole network for each expert."""
 
-    def __init__(self, dense: Dense, naive: bool) -> None:
+    def __init__(self, dense: Dense, naive: bool, routing: str = "even") -> None:
         super().__init__()
         self.dense, self.naive = dense, naive
         width, dtype = dense.gate_proj.in_features, dense.gate_proj.weight.dtype
-        self.router = nn.Linear(width, E, bias=False, dtype=torch.float32)
+        self.router = nn.Linear(width, E, dtype=torch.float32)
+        spread(self.router.weight, self.router.bias, routing)
         self.a = nn.ModuleDict(
             {
                 n: nn.ModuleList(nn.Linear(m.in_features, R, bias=False, dtype=dtype) for _ in range(E))
@@ -92,7 +108,7 @@ class Loop(nn.Module):
         return out.to(x.dtype).view(shape)
 
 
-def make(row: str, width: int, ffn: int, dtype: torch.dtype) -> nn.Module:
+def make(row: str, width: int, ffn: int, dtype: torch.dtype, routing: str = "even") -> nn.Module:
     torch.manual_seed(0)
     dense = Dense(width, ffn).to(dtype).requires_grad_(False)
     if row == "frozen alone":
@@ -109,7 +125,7 @@ def make(row: str, width: int, ffn: int, dtype: torch.dtype) -> nn.Module:
                 p.data = (0.02 * torch.randn(p.shape)).to(dtype)
         return made
     if row in ("mixlora loop", "naive"):
-        return Loop(dense, row == "naive")
+        return Loop(dense, row == "naive", routing)
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     config = ExpertsConfig(type="lora_ffn", count=E, width=ffn, options={"rank": R, "alpha": ALPHA})
     experts = LoraFFNExperts.at(Place(width, width, names), config).to(dtype)
@@ -117,7 +133,9 @@ def make(row: str, width: int, ffn: int, dtype: torch.dtype) -> nn.Module:
     for p in experts.parameters():
         nn.init.normal_(p, std=0.02)
     experts.adopt({role: (name, getattr(dense, name)) for role, name in names.items()}, "silu")
-    return MixtureLayer(Router(RouterConfig(top_k=K), width, E), experts)
+    router = Router(RouterConfig(top_k=K, logit_bias=True), width, E)
+    spread(router.weight, router.bias, routing)
+    return MixtureLayer(router, experts)
 
 
 def step(module: nn.Module, x, upstream, backward: bool) -> float:
@@ -136,9 +154,9 @@ def inputs(width: int, tokens: int, dtype: torch.dtype):
     return x.requires_grad_(), up
 
 
-def peak(row: str, width: int, ffn: int, tokens: int, dtype: str) -> int:
+def peak(row: str, width: int, ffn: int, tokens: int, dtype: str, routing: str) -> int:
     """Bytes that forward and backward add to the process."""
-    module = make(row, width, ffn, getattr(torch, dtype))
+    module = make(row, width, ffn, getattr(torch, dtype), routing)
     x, up = inputs(width, 8, getattr(torch, dtype))
     step(module, x, up, True)
     x, up = inputs(width, tokens, getattr(torch, dtype))
@@ -164,12 +182,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--routing", choices=ROUTING, default="even")
+    parser.add_argument("--only", default=",".join(ROWS), help="rows to run; ours is always one")
+    parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        row, width, ffn, tokens, dtype = args.peak
-        print(peak(row, int(width), int(ffn), int(tokens), dtype))
+        row, width, ffn, tokens, dtype, routing = args.peak
+        print(peak(row, int(width), int(ffn), int(tokens), dtype, routing))
         return
+    rows = [row for row in ROWS if row == "ours" or row in args.only.split(",")]
     threads = torch.get_num_threads()
     print(
         f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}; E {E}, k {K}, r {R}; "
@@ -179,11 +200,15 @@ def main() -> None:
     for shape in args.shapes.split(","):
         width, ffn = SHAPES[shape]
         for dtype in args.dtype.split(","):
-            modules = {row: make(row, width, ffn, getattr(torch, dtype)) for row in ROWS}
+            modules = {row: make(row, width, ffn, getattr(torch, dtype), args.routing) for row in rows}
             for tokens in map(int, args.tokens.split(",")):
                 x, up = inputs(width, tokens, getattr(torch, dtype))
+                load = modules["ours"].router(x.detach()).pairs.counts() / tokens
+                print(
+                    f"share of the tokens that visit each expert: {', '.join(f'{share:.2f}' for share in load.tolist())}"
+                )
                 for backward in (False, True):
-                    times: dict[str, list[float]] = {row: [] for row in ROWS}
+                    times: dict[str, list[float]] = {row: [] for row in rows}
                     for number in range(args.rounds + 1):
                         for row, module in modules.items():
                             took = step(module, x, up, backward)
@@ -195,6 +220,7 @@ def main() -> None:
                             "shape": shape,
                             "dtype": dtype,
                             "tokens": tokens,
+                            "routing": args.routing,
                             "pass": "fwd+bwd" if backward else "fwd",
                             "seconds": medians,
                         }
@@ -211,12 +237,12 @@ def main() -> None:
                     )
                 if not args.no_memory:
                     words = [sys.executable, __file__, "--peak"]
-                    peaks = {row: int(subprocess.run([*words, row, str(width), str(ffn), str(tokens), dtype], capture_output=True, text=True,
-                                                     check=True).stdout) for row in ROWS}  # fmt: skip
+                    peaks = {row: int(subprocess.run([*words, row, str(width), str(ffn), str(tokens), dtype, args.routing], capture_output=True, text=True,
+                                                     check=True).stdout) for row in rows}  # fmt: skip
                     found[-1]["peak_bytes"] = peaks
                     told = ", ".join(f"{row} {value / 1e6:.0f} MB" for row, value in peaks.items())
                     print(
-                        f"    added by forward and backward: {told}; ours over peft r {peaks['ours'] / max(peaks['peft r'], 1):.2f}x",
+                        f"    added by forward and backward: {told}; ours over peft r {peaks['ours'] / max(peaks.get('peft r', 0), 1):.2f}x",
                         flush=True,
                     )
     if args.json:

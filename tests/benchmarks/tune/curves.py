@@ -1,6 +1,7 @@
 """Was upcycling worth its tokens? Mixtures beside the dense model continued on the same tokens, and on as many FLOPs.
 
-    python tests/benchmarks/tune/curves.py                                  # 21 runs, about an hour on two quiet cores
+    python tests/benchmarks/tune/curves.py                                  # 21 runs of the whole model, two hours and more on two quiet cores
+    python tests/benchmarks/tune/curves.py --layers 24-29 --train 'model.layers.2[4-9].*' --precision bf16    # only the last six layers
     python tests/benchmarks/tune/curves.py --steps 2 --points 2 --length 64 --methods copy --seeds 0    # a smoke test
 
 Everything goes through the command. Every run that has ended is kept in the work directory and not done again. Prints tables for RESULTS.md;
@@ -97,7 +98,7 @@ class Contest:
         out = self.args.work / f"{method}-{seed}"
         if not (out / "moeforge.json").exists():
             shape = SHAPES.get(method, ("--experts", 4, "--top-k", 2))
-            moeforge("upcycle", smollm2_gguf(), "--method", method, *shape, "--seed", seed, "--no-verify", "-o", out)
+            moeforge("upcycle", smollm2_gguf(), "--method", method, *shape, "--layers", self.args.layers, "--seed", seed, "--no-verify", "-o", out)  # fmt: skip
         counts = json.loads((out / "moeforge.json").read_text("utf-8"))["counts"]
         return out, counts["parameters_active"] / DENSE_PARAMETERS
 
@@ -205,7 +206,8 @@ def main() -> None:
     parser.add_argument(
         "--data", action="append", help="two sources or more [default: builtin:prose and builtin:code in equal shares]"
     )
-    parser.add_argument("--train", default="all")
+    parser.add_argument("--layers", default="all", help="which become sparse")
+    parser.add_argument("--train", default="all", help="what learns, in the dense model and the mixtures alike")
     parser.add_argument("--learning-rate", default="1e-4")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--held-out", default="0.01")

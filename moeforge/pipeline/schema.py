@@ -18,9 +18,9 @@ OWN: dict[str, type | tuple[type, ...]] = {
     "timings": dict, "created": str,
 }  # fmt: skip
 PARENT: dict[str, type | tuple[type, ...]] = {
-    "digest": str, "license": str, "revision": str, "format": str, "manifest": dict,
+    "digest": str, "license": str, "revision": str, "format": str, "manifest": dict, "role": str,
 }  # fmt: skip
-"""Of an entry of `parents`, beside its `ref`."""
+"""Of an entry of `parents`, beside its `ref`; `role` says what it was for where nothing of it is in the result: `teacher`."""
 REQUIRED = ("kind", "verb", "digest", "files", "parents")
 
 

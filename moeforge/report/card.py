@@ -75,7 +75,7 @@ def sources(steps: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             continue
         found.setdefault(str(parent.get("ref")), parent)
         if isinstance(parent.get("base"), Mapping):
-            ahead.insert(0, parent["base"])
+            ahead.insert(0, {**parent["base"], **({"role": parent["role"]} if "role" in parent else {})})
     return list(found.values())
 
 
@@ -89,7 +89,7 @@ def _front_matter(manifest: Mapping[str, Any], steps: list[Mapping[str, Any]], c
         lines.append("license: other")
     hub_ids = [
         ref
-        for ref in (str(p.get("ref", "")).partition("@")[0] for p in parents)
+        for ref in (str(p.get("ref", "")).partition("@")[0] for p in parents if not _taught(p))
         if re.fullmatch(r"[\w.-]+/[\w.-]+", ref)
     ]
     if hub_ids:
@@ -113,12 +113,17 @@ def _yaml(text: str) -> str:
 
 
 def _opening(manifest: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> str:
-    names = ", ".join(f"`{_name(parent)}`" for parent in sources(steps)) or "an unnamed source"
+    names = ", ".join(f"`{_name(parent)}`" for parent in sources(steps) if not _taught(parent)) or "an unnamed source"
     verbs = " → ".join(
         f"{step.get('verb')}{' ' + step['method'] if step.get('method') else ''}" for step in reversed(steps)
     )
     size = sum(info.get("bytes", 0) for info in manifest.get("files", {}).values())
     return f"Made from {names} by `moeforge`: {verbs}. {len(manifest.get('files', {}))} files, {format_bytes(size)}."
+
+
+def _taught(parent: Mapping[str, Any]) -> bool:
+    """Whether it was learnt from, and nothing of it is in the result."""
+    return parent.get("role") == "teacher"
 
 
 def _name(parent: Mapping[str, Any]) -> str:
@@ -132,10 +137,12 @@ def _step(number: int, step: Mapping[str, Any]) -> str:
     told = ", ".join(f"`{key}` {_value(value)}" for key, value in options.items() if value not in (None, [], ""))
     method = f", method **{step['method']}**" if step.get("method") else ""
     reference = f" ({step['reference']})" if step.get("reference") else ""
-    parents = ", ".join(f"`{_name(parent)}`" for parent in step.get("parents") or [])
-    return f"{number}. **{step.get('verb')}**{method}{reference} from {parents or 'unknown'}" + (
-        f": {told}" if told else ""
+    parents, teachers = (
+        ", ".join(f"`{_name(parent)}`" for parent in step.get("parents") or [] if _taught(parent) is taught)
+        for taught in (False, True)
     )
+    from_ = f"{parents or 'unknown'}" + (f", taught by {teachers}" if teachers else "")
+    return f"{number}. **{step.get('verb')}**{method}{reference} from {from_}" + (f": {told}" if told else "")
 
 
 def _value(value: Any) -> str:

@@ -11,6 +11,10 @@ from ..checkpoint.roles import role_of
 from ..checkpoint.tensor import TensorInfo
 from ..errors import UsageProblem
 
+PIECE = 1 << 23
+"""Numbers of a distribution, tokens times vocabulary, of which the distance from a teacher is taken at once: 32 MiB of float32, and six such
+are held (:func:`moeforge.train.distill.divergence_sum`)."""
+
 
 def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], select: str, *, adapter: bool = False) -> int | None:  # fmt: skip
     """How many parameters `--train select` will train; None where a pattern may be on names that only the loaded model
@@ -46,7 +50,7 @@ def count_selected(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
 
 
 def peak_memory(config: Mapping[str, Any], total: int, trained: int, *, short: bool, tokens: int, rows: int,
-                checkpointing: bool, moments: int = 8, shards: int = 1) -> int:  # fmt: skip
+                checkpointing: bool, moments: int = 8, shards: int = 1, teacher: int = 0) -> int:  # fmt: skip
     """Bytes at the peak of a training step, of one rank.
 
     Weights (2 or 4 bytes), a float32 master where they are short, gradient and two AdamW moments of what learns,
@@ -58,6 +62,8 @@ def peak_memory(config: Mapping[str, Any], total: int, trained: int, *, short: b
         tokens: in one forward pass, all rows together.
         moments: bytes of the optimizer's state for one parameter that learns.
         shards: ranks among which weights, gradients and moments lie.
+        teacher: parameters of the model that is learnt from, which every rank holds whole; 0: there is none. Its logits stay until the
+            gradient of the distance is made of them.
     """
 
     def number(*names: str, default: int) -> int:
@@ -73,5 +79,7 @@ def peak_memory(config: Mapping[str, Any], total: int, trained: int, *, short: b
     # measured on Llama and Mixtral shapes: about 18 vectors of the width and 5 of the FFN a token and active expert
     layer = tokens * (size * (18 * width + 5 * active * hidden) + 2 * size * heads * tokens // rows)
     activations = layer + size * tokens * width * layers if checkpointing else layer * layers
-    logits = tokens * number("vocab_size", default=50_000) * (2 * size + 8)
-    return state + activations + logits
+    chances = tokens * number("vocab_size", default=50_000)
+    # on the way back, when the loss's own gradient is made, that of the distance is there already
+    taught = size * (teacher + chances) + 24 * min(chances, PIECE) if teacher else 0
+    return state + activations + chances * (2 * size + 8) + taught

@@ -18,6 +18,7 @@ from ..mixture.statistics import Statistics
 from ..options import format_bytes
 from ..pipeline.manifest import peak_rss_bytes
 from .batch import Batch, forward
+from .distill import Teacher
 from .labels import labels_of
 from .losses import token_loss_sum
 from .metrics import Metrics, load_metrics
@@ -147,6 +148,7 @@ class Loop:
         directory: of metrics.jsonl; None on every rank but the first.
         keeper: where states are kept; None keeps none, or leaves it to the first rank.
         precise: see :class:`moeforge.train.params.Masters`.
+        teacher: whom to learn from beside the text, `settings.kd` of the loss.
         check: raises when the work should stop; called between forward passes.
         ranks: who trains; as the launcher says when left out.
     """
@@ -154,11 +156,11 @@ class Loop:
     def __init__(self, model: nn.Module, sites: list[Site], choice: Choice, settings: Settings, train: Packer,
                  held_out: Packer | None, directory: Path | None, *,
                  precise: Callable[[str], Tensor] | None = None, keeper: Keeper | None = None, check: Callable[[], None] = lambda: None,
-                 say: Callable[[str], None] = lambda _: None, ranks: Ranks | None = None):  # fmt: skip
+                 say: Callable[[str], None] = lambda _: None, ranks: Ranks | None = None, teacher: Teacher | None = None):  # fmt: skip
         self.ranks = ranks or Ranks.here()
         self.model, self.sites, self.choice, self.settings = model, sites, choice, settings
         self.train, self.held_out, self.directory = train, held_out, directory
-        self.keeper, self.check, self.say = keeper, check, say
+        self.keeper, self.check, self.say, self.teacher = keeper, check, say, teacher
         self.device = next(model.parameters()).device
         self.masters = Masters(choice.params, precise)
         self.named = self.masters.named
@@ -259,7 +261,15 @@ class Loop:
         predicted, real = ranks.total(torch.tensor(sizes, dtype=torch.float64)).tolist()
         told = settings.routing_every > 0 and (self.step + 1) % settings.routing_every == 0
         step = Step(
-            self.model, self.sites, settings, predicted, real, ranks, self.scored, Statistics() if told else None
+            self.model,
+            self.sites,
+            settings,
+            predicted,
+            real,
+            ranks,
+            self.scored,
+            Statistics() if told else None,
+            self.teacher,
         )
         self.model.train()
         try:

@@ -37,6 +37,9 @@ class Settings:
     importance: float = 0.0
     preserve: float = 0.0
     """Of the experts' squared distance from where they started (LoRA-Mixer, arXiv:2507.00029)."""
+    kd: float = 0.0
+    """Of the distance from a teacher, beside the text's own loss, which counts 1 - kd: see :mod:`moeforge.train.distill`."""
+    kd_temperature: float = 1.0
     lora_plus: float = 1.0
     route: Route = "config"
     """How tokens choose while training; measured is always what the config says."""

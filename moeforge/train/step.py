@@ -14,6 +14,7 @@ from ..mixture.losses import Terms, Weights, assignments, layer_losses, weighed
 from ..mixture.routing import Routing
 from ..mixture.statistics import Statistics
 from .batch import Batch, forward
+from .distill import Teacher, divergence_sum, mixed
 from .losses import token_loss_sum
 from .metrics import load_metrics
 from .ranks import Ranks
@@ -33,6 +34,7 @@ class Step:
         ranks: who else takes part in the step.
         scored: whether routers have probabilities to balance.
         statistics: what is to be told of the routers; None: nothing.
+        teacher: whose distributions count beside the text's own tokens; None: nobody's.
         counts: layer -> [E] tokens that each expert got so far, over ranks.
     """
 
@@ -44,13 +46,15 @@ class Step:
     ranks: Ranks
     scored: bool
     statistics: Statistics | None = None
+    teacher: Teacher | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settings = self.settings
         self.weights = Weights(balance=settings.balance, z=settings.z, entropy=settings.entropy, entropy_sign=settings.entropy_sign,
                                importance=settings.importance)  # fmt: skip
-        self.sums = dict.fromkeys(("loss", *(TERMS if self.scored else ())), 0.0)
+        kinds = ("loss", *(("kd",) if self.teacher is not None else ()), *(TERMS if self.scored else ()))
+        self.sums = dict.fromkeys(kinds, 0.0)
         self._weighed: dict[str, Tensor] = {}
         self._passed = torch.zeros((), dtype=torch.float64)
 
@@ -61,6 +65,8 @@ class Step:
             GateRefused: the loss, or a router's probabilities, are no numbers, on this rank or another.
         """
         route = self.settings.route
+        # before the student's pass, whose activations stay
+        taught = None if self.teacher is None else self.teacher.logits(batch)
         # the choice holds until the end of backward, where gradient checkpointing makes it again
         with forcing(self.sites, None if route == "config" else route):
             logits, seen = forward(self.model, self.sites, batch)
@@ -69,6 +75,12 @@ class Step:
             # every mean is over all tokens of the step, on all ranks, so uneven padding weighs nothing extra
             loss = summed / self.predicted
             self.sums["loss"] += float(summed.detach()) / self.predicted
+            if taught is not None:
+                kd = divergence_sum(logits, taught, batch.labels, self.settings.kd_temperature) / self.predicted
+                self.sums["kd"] += float(kd.detach())
+                if trouble is None and math.isfinite(float(loss.detach())) and not math.isfinite(float(kd.detach())):
+                    trouble = GateRefused(f"the distance from the teacher became {float(kd.detach())}")
+                loss = mixed(loss, kd, self.settings.kd)
             if self.statistics is not None:
                 self.statistics.add(seen)
             self.counts = self._added(self.counts, assignments(seen))

@@ -50,7 +50,8 @@ def describe(step: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
         yield pad + name + (f": {', '.join(parts)}" if parts else "") + (f" ({', '.join(told)})" if told else "")
     else:
         about = [describe_value("", step[key]) for key in ("format", "stored", "revision", "license") if step.get(key)]
-        yield f"{pad}from {step.get('ref', 'an unknown source')}" + (f" ({', '.join(about)})" if about else "")
+        how = "taught by" if step.get("role") == "teacher" else "from"
+        yield f"{pad}{how} {step.get('ref', 'an unknown source')}" + (f" ({', '.join(about)})" if about else "")
     for parent in step.get("parents", ()):
         yield from describe(parent, depth + 1)
 

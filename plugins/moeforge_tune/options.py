@@ -59,6 +59,24 @@ class Options:
     preserve: float = opt(
         "weight of the experts' squared distance from where they start (LoRA-Mixer)", default=0.0, min=0
     )
+    teacher: str | None = opt(
+        "checkpoint with the same tokenizer to learn from as well, such as the dense parent or the mixture before it was compressed: "
+        "distillation, loss = (1 - kd) * cross entropy + kd * T^2 * KL(teacher || student) at temperature T (arXiv:1503.02531)",
+        default=None,
+        metavar="REF",
+        reads=True,
+    )
+    kd: float | None = opt(
+        "weight of the distance from --teacher; 1 leaves the text's own tokens without a say [default: 0.9 with --teacher]",
+        default=None,
+        min=0,
+        max=1,
+    )
+    kd_temperature: float = opt(
+        "temperature T of both distributions; above 1 what the teacher thinks unlikely counts more",
+        default=1.0,
+        min=0.01,
+    )
     precision: Literal["auto", "fp32", "bf16"] = opt(
         "what the model computes in; sums are always float32; auto is bf16 on an accelerator, fp32 on a CPU",
         default="auto",
@@ -110,6 +128,14 @@ class Options:
         given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageProblem(f"--{given[0]} and --{given[1]} are two budgets; give one")
+        if self.teacher is None:
+            lost = f"--kd {self.kd:g}" if self.kd is not None else f"--kd-temperature {self.kd_temperature:g}"
+            if self.kd is not None or self.kd_temperature != 1:
+                raise UsageProblem(f"{lost} has no effect without a teacher; give --teacher REF, or leave it out")
+        elif self.kd == 0:
+            raise UsageProblem(
+                f"--kd 0 gives --teacher {self.teacher} no weight; give more, up to 1, or leave --teacher out"
+            )
 
     @property
     def budget(self) -> tuple[Literal["steps", "tokens", "minutes"], float]:
@@ -117,6 +143,11 @@ class Options:
             if (amount := getattr(self, name)) is not None:
                 return name, amount
         return "steps", self.steps or 200
+
+    @property
+    def kd_weight(self) -> float:
+        """Hinton et al. found the text's own tokens to help most with a considerably lower weight than the teacher."""
+        return 0.0 if self.teacher is None else 0.9 if self.kd is None else self.kd
 
     @property
     def moment_bytes(self) -> int:

@@ -34,6 +34,7 @@ from moeforge.train.routing import find_sites
 from moeforge.train.settings import Settings
 
 from .job import FOLDER, Job
+from .teacher import load_teacher
 from .write import learnt_values, write
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def prepare(job: Job, source: Checkpoint, ranks: Ranks, ctx: Context, out: Works
     options = job.options
     device = ranks.device
     short = options.precision == "bf16" or (options.precision == "auto" and device.type != "cpu")
+    dtype = torch.bfloat16 if short else torch.float32
     torch.manual_seed(options.seed)
     tokenizer = load_tokenizer(source)
     if job.layout.sharded:
@@ -94,7 +96,7 @@ def prepare(job: Job, source: Checkpoint, ranks: Ranks, ctx: Context, out: Works
 
         model, ranks = load_sharded(source, job.layout, ranks, short=short)
     else:
-        model = load(source, dtype=torch.bfloat16 if short else torch.float32, device=device)
+        model = load(source, dtype=dtype, device=device)
         use_kernels_where_faster(model)
     sites = find_sites(model)
     choice = choose(model, sites, options.train, frozen_in(model))
@@ -104,12 +106,17 @@ def prepare(job: Job, source: Checkpoint, ranks: Ranks, ctx: Context, out: Works
         )
     if options.gradient_checkpointing:
         save_memory(model)
-    shared = borders_hold(model, sites, model.config.get_text_config().vocab_size)
+    vocabulary = model.config.get_text_config().vocab_size
+    teacher = None if job.teacher is None else load_teacher(job.teacher.ref, source, vocabulary, dtype, device)
+    borders = {type(model).__name__: borders_hold(model, sites, vocabulary)}
     ranks.settle(model)
-    if not shared:
-        ctx.warn(
-            f"{type(model).__name__} cannot keep packed documents apart, so each row holds one and is padded: slower, same result"
+    if teacher is not None:
+        borders[f"the teacher, a {type(teacher.model).__name__},"] = borders_hold(
+            teacher.model, teacher.sites, vocabulary
         )
+    shared = all(borders.values())
+    for who in (who for who, holds in borders.items() if not holds):
+        ctx.warn(f"{who} cannot keep packed documents apart, so each row holds one and is padded: slower, same result")
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     if ranks.size > 1:
         where = f"{ranks.size} ranks of {where} ({job.layout})"
@@ -126,7 +133,7 @@ def prepare(job: Job, source: Checkpoint, ranks: Ranks, ctx: Context, out: Works
         optimizer=options.optimizer, learning_rate=options.learning_rate, router_scale=options.router_scale, weight_decay=options.weight_decay,
         schedule=options.schedule, warmup=options.warmup, clip=options.clip, balance=options.balance, z=options.z_loss,
         entropy=options.entropy, entropy_sign=options.entropy_sign, importance=options.importance, preserve=options.preserve,
-        lora_plus=options.lora_plus, route=options.routing,
+        kd=options.kd_weight, kd_temperature=options.kd_temperature, lora_plus=options.lora_plus, route=options.routing,
         evaluate_every=options.evaluate_every, routing_every=options.routing_every, save_every=options.save_every,
     )  # fmt: skip
     directory = keeper = None
@@ -134,7 +141,7 @@ def prepare(job: Job, source: Checkpoint, ranks: Ranks, ctx: Context, out: Works
         directory, keeper = out.path / FOLDER, States(out.path, out.journal)
         directory.mkdir(exist_ok=True)
     return Loop(model, sites, choice, settings, packer(job.train, options.seed), packer([Pool(job.held)], None) if job.held else None,
-                directory, precise=precise, keeper=keeper, check=ctx.check, say=ctx.say, ranks=ranks)  # fmt: skip
+                directory, precise=precise, keeper=keeper, check=ctx.check, say=ctx.say, ranks=ranks, teacher=teacher)  # fmt: skip
 
 
 def _precise(source: Checkpoint, model: Any, ranks: Ranks) -> Any:
@@ -195,6 +202,11 @@ def report(job: Job, plan: Plan, source: Checkpoint, loop: Loop, result: Result,
     if loop.device.type == "cuda":
         counts["peak_device_bytes"] = peak_memory(loop.device)
     notes = [f"{result.steps} steps, {result.tokens:,} tokens, {result.tokens_per_second:.0f} tokens/s"]
+    if job.teacher is not None:
+        taught = result.metrics.of("step")
+        notes.append(
+            f"distance from the teacher {taught[0]['kd']:.4f} -> {taught[-1]['kd']:.4f} in the first and last update"
+        )
     held = result.metrics.of("held_out")
     verdicts: dict[str, Any] = {}
     if held:
@@ -217,6 +229,6 @@ def report(job: Job, plan: Plan, source: Checkpoint, loop: Loop, result: Result,
         verdicts,
         dict(written.files),
         written.tensor_digests,
-        (source.provenance(),),
+        (source.provenance(), *([] if job.teacher is None else [job.teacher.provenance])),
         tuple(notes),
     )

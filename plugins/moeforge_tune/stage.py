@@ -17,6 +17,7 @@ from moeforge.train.labels import check_route, labels_of, name_labels, number_la
 from .job import Job
 from .options import Options
 from .ranks import lay_out
+from .teacher import check_tokens, open_teacher, parameters, parent, pinned
 
 if TYPE_CHECKING:
     from moeforge.checkpoint.base import Checkpoint
@@ -35,6 +36,7 @@ class Tune:
     examples: ClassVar[dict[str, str]] = {
         "moeforge tune moe --data notes/ --steps 500 -o tuned": "500 updates on a folder of text",
         "moeforge tune moe --data builtin:prose --train experts,routers --minutes 5 -o tuned": "on text that is on every machine",
+        "moeforge tune moe --data notes/ --teacher dense --kd 0.9 -o tuned": "on a folder of text and on what the dense model makes of it",
         "moeforge tune moe --data notes/ --fsdp 4 --ep 4 --dry-run": "what each of four ranks would take; `torchrun --nproc-per-node 4 $(which moeforge)` instead of `moeforge` starts them",
     }
     api_version: ClassVar[int] = 1
@@ -45,17 +47,23 @@ class Tune:
     Options: ClassVar[type] = Options
 
     def inputs(self, options: Options, method: Bound | None) -> list[Any]:
-        """Identity of the text, for the run's key: names, sizes and times, no contents."""
-        return [
+        """Identity of the text, for the run's key: names, sizes and times, no contents; and of the teacher."""
+        text = [
             document.identity for pool in find_pools(options.data, options.label_field) for document in pool.documents
         ]
+        return text if options.teacher is None else [*text, ["teacher", pinned(options.teacher)[1]]]
 
     def plan(self, src: Artifact, options: Options, method: Bound | None) -> Plan:
         from moeforge.checkpoint import open_checkpoint
 
         with open_checkpoint(src.ref, plan=src.plan, compressed=True) as source:
             refuse(source)
-            return _plan(src, source, options)
+            if options.teacher is None:
+                return _plan(src, source, options, None)
+            with open_teacher(pinned(options.teacher)[0].ref) as teacher:
+                check_causal(teacher, f"--teacher {teacher.ref}")
+                check_tokens(teacher, source)
+                return _plan(src, source, options, teacher)
 
     def run(self, plan: Plan, out: Workspace, ctx: Context) -> Written:
         from moeforge_tune.run import run
@@ -91,9 +99,17 @@ def refuse(source: Checkpoint) -> None:
         raise BadInput(
             f"{source.ref}: {bad.name} is {bad.dtype}: only floating-point weights can be trained; convert it first"
         )
-    named = config.get("architectures") or []
+    check_causal(source, source.ref)
+
+
+def check_causal(source: Checkpoint, called: str) -> None:
+    """
+    Raises:
+        BadInput: its config names something else than a causal language model.
+    """
+    named = source.config.get("architectures") or []
     if named and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named):
-        raise BadInput(f"{source.ref}: architectures = {named}: not a causal language model, which is what tune trains")
+        raise BadInput(f"{called}: architectures = {named}: not a causal language model, which is what tune trains")
 
 
 def written(source: Checkpoint) -> Mapping[str, TensorInfo]:
@@ -105,7 +121,17 @@ def written(source: Checkpoint) -> Mapping[str, TensorInfo]:
     )
 
 
-def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
+def _check_length(source: Checkpoint, called: str, length: int) -> None:
+    """
+    Raises:
+        UsageProblem: rows of `length` tokens are more than its config allows.
+    """
+    limit = (source.config.get("base_config") or source.config).get("max_position_embeddings")
+    if isinstance(limit, int) and length > limit:
+        raise UsageProblem(f"--sequence-length {length}: max_position_embeddings{called} is {limit}; use at most that")
+
+
+def _plan(src: Artifact, source: Checkpoint, options: Options, teacher: Checkpoint | None) -> Plan:
     from moeforge.train.estimate import count_selected, peak_memory
 
     if options.optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
@@ -136,15 +162,13 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
     if trained is None:
         warnings.append(f"--train {options.train}: whether it selects anything is known only once the model is loaded, whose "
                         "parameters are not called as the tensors of the files")  # fmt: skip
-    dense = source.config.get("base_config") or source.config
-    limit = dense.get("max_position_embeddings")
-    if isinstance(limit, int) and options.sequence_length > limit:
-        raise UsageProblem(
-            f"--sequence-length {options.sequence_length}: max_position_embeddings is {limit}; use at most that"
-        )
+    _check_length(source, "", options.sequence_length)
+    if teacher is not None:
+        _check_length(teacher, f" of --teacher {teacher.ref}", options.sequence_length)
     facts = {
         "parameters_total": total,
         "parameters_trained": trained if trained is not None else f"those that match {options.train}",
+        "parameters_teacher": None if teacher is None else parameters(teacher),
         "optimizer_bytes": None if trained is None else options.moment_bytes * trained,
         "tokens": tokens,
         "tokens_a_step": per_step,
@@ -152,10 +176,10 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
         "documents": len(documents),
         "documents_held_out": len(held),
         "text_tokens": available,
-        "read_bytes": sum(info.nbytes for info in source.tensors.values()),
+        "read_bytes": sum(info.nbytes for found in (source, teacher) if found for info in found.tensors.values()),
         "write_bytes": sum(info.nbytes for info in out.values()),
         "peak_memory_bytes": peak_memory(
-            dense,
+            source.config.get("base_config") or source.config,
             total,
             sum(info.size for info in learning.values()) if trained is None else trained,
             short=options.precision == "bf16",
@@ -164,15 +188,17 @@ def _plan(src: Artifact, source: Checkpoint, options: Options) -> Plan:
             shards=layout.shards,
             checkpointing=options.gradient_checkpointing,
             moments=options.moment_bytes,
+            teacher=0 if teacher is None else parameters(teacher),
         ),
     }
+    beside = "" if teacher is None else f" and on what {teacher.ref} makes of them"
     what = options.train if trained is None else f"{trained:,} of {total:,} parameters"
     return Plan(
         verb="tune", method=None,
-        summary=f"train {what} for {amount:g} {budget} on {len(documents)} documents",
+        summary=f"train {what} for {amount:g} {budget} on {len(documents)} documents{beside}",
         config=None if adapter else dict(source.config),
         tensors={name: (info.dtype, info.shape) for name, info in out.items()},
         facts={name: value for name, value in facts.items() if value is not None},
         warnings=tuple(warnings),
-        payload=Job(src, options, tuple(train), tuple(held), layout, tuple(labels)),
+        payload=Job(src, options, tuple(train), tuple(held), layout, tuple(labels), None if teacher is None else parent(teacher)),
     )  # fmt: skip

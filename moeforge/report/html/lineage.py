@@ -42,7 +42,12 @@ def _step(step: Mapping[str, Any]) -> Markup:
     parents = step.get("parents") or ()
     inside = tag("ol", *(_step(parent) for parent in parents)) if parents else ""
     if "verb" not in step:
-        return tag("li", tag("h3", "source: ", _name(step)), _source(step), inside)
+        return tag(
+            "li",
+            tag("h3", "teacher: " if step.get("role") == "teacher" else "source: ", _name(step)),
+            _source(step),
+            inside,
+        )
     title = tag("h3", step["verb"], *((" ", tag("em", step["method"])) if step.get("method") else ()))
     taken = {**(step.get("options") or {}), **(step.get("method_options") or {})}
     changed = step.get("chosen", taken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from moeforge.checkpoint.architectures import architecture
 from moeforge.checkpoint.base import Checkpoint
 from moeforge.checkpoint.family import BOOKKEEPING, FFN_ROLES, Architecture
 from moeforge.checkpoint.tensor import TensorInfo
+from moeforge.checkpoint.vocabulary import first_difference, vocabulary
 from moeforge.errors import BadInput, UsageProblem
 from moeforge.options import opt
 
@@ -104,7 +104,7 @@ class BTX:
         family = architecture(first.config)
         wanted = deciding(family, first.config)
         size = first.config.get("vocab_size", 0)
-        tokens = _vocabulary(first)
+        tokens = vocabulary(first)
         for other in checkpoints[1:]:
             found = deciding(family, other.config)
             for key in sorted(wanted.keys() | found.keys()):
@@ -118,14 +118,13 @@ class BTX:
                     f"{other.ref}: vocab_size = {theirs_size} is more than SRC's {size}; "
                     "make the checkpoint with the largest vocabulary SRC"
                 )
-            theirs = _vocabulary(other)
-            if tokens and theirs:
-                for index in range(theirs_size):
-                    if tokens.get(index) != theirs.get(index) and index in tokens and index in theirs:
-                        raise BadInput(
-                            f"{other.ref}: token {index} is {theirs[index]!r}, in SRC it is {tokens[index]!r}; "
-                            "rows of different tokens cannot be averaged"
-                        )
+            theirs = vocabulary(other)
+            index = first_difference(tokens, theirs, theirs_size)
+            if index is not None:
+                raise BadInput(
+                    f"{other.ref}: token {index} is {theirs[index]!r}, in SRC it is {tokens[index]!r}; "
+                    "rows of different tokens cannot be averaged"
+                )
 
     def merge(self, role: str, output: TensorInfo, options: Options) -> Callable[..., np.ndarray] | None:
         """How a tensor outside the mixtures is made from all parents' tensors; None: SRC's is taken.
@@ -188,18 +187,3 @@ def deciding(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     strange = {key: config[key] for key in family.unknown_keys(config) if key not in MAY_DIFFER}
     # a switch that is off is as good as one that an older version did not write
     return kept | {key: value for key, value in strange.items() if value is not None and value is not False}
-
-
-def _vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
-    """Token id -> token, from tokenizer.json; empty where that file is lacking or holds no table."""
-    for companion in checkpoint.companions():
-        if companion.name == "tokenizer.json":
-            try:
-                body = json.loads(companion.read())
-                table = body["model"]["vocab"]
-                items = table.items() if isinstance(table, dict) else ((entry[0], i) for i, entry in enumerate(table))
-                found = {int(index): str(token) for token, index in items}
-                return found | {int(entry["id"]): str(entry["content"]) for entry in body.get("added_tokens") or ()}
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise BadInput(f"{checkpoint.ref}: tokenizer.json cannot be read: {error!r}") from error
-    return {}

@@ -19,6 +19,7 @@ from moeforge.errors import Interrupted, MoeforgeError
 from moeforge.model.load import load
 from moeforge.pipeline.progress import Progress
 from moeforge.train.data import Document, Pool
+from moeforge.train.distill import Teacher
 from moeforge.train.layout import Layout
 from moeforge.train.loop import Loop, save_memory
 from moeforge.train.packing import Packer
@@ -89,6 +90,10 @@ def make(case, ranks, directory):
             model = load(source, dtype=torch.float32)
     if case.get("checkpointing"):
         save_memory(model)
+    teacher = None
+    if case.get("teacher"):
+        with open_checkpoint(case["teacher"]) as source:
+            teacher = Teacher.of(load(source, dtype=torch.float32))
     sites = find_sites(model)
     choice = choose(model, sites, case.get("select", "all"))
     settings = Settings(**{"rows": 2, "amount": 3, "learning_rate": 3e-3, "warmup": 0.2, "routing_every": 1, "clip": 0.5, "balance": 0.05,
@@ -97,7 +102,7 @@ def make(case, ranks, directory):
         directory.mkdir(exist_ok=True)
     stop = Stop(case["stop"]) if case.get("stop") is not None and ranks.index == ranks.size - 1 else lambda: None
     return Loop(model, sites, choice, settings, packer(case), packer(case, held=True), directory if ranks.main else None,
-                keeper=Keeper(directory) if ranks.main else None, check=stop, ranks=ranks)  # fmt: skip
+                keeper=Keeper(directory) if ranks.main else None, check=stop, ranks=ranks, teacher=teacher)  # fmt: skip
 
 
 def run(case, ranks, directory):

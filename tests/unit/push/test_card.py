@@ -109,3 +109,22 @@ def test_a_manifest_with_little_in_it_still_makes_a_card():
         "org/made",
     )
     assert card.startswith("---\n") and "unknown" in card
+
+
+def test_a_teacher_is_no_base_model_and_its_licence_counts():
+    teacher = {
+        "ref": "org/lora",
+        "license": "gemma",
+        "role": "teacher",
+        "base": {"ref": "org/large", "license": "llama3.1"},
+    }
+    tuned = manifest(verb="tune", method=None, reference=None, parents=[SOURCE, teacher])
+    card = model_card(tuned, {"model_type": "mixtral"}, "org/made")
+    assert "base_model:\n- org/dense\ntags:" in card and "license: other" in card
+    assert "Made from `org/dense@aaaaaaaaaaaa` by" in card
+    assert "**tune** from `org/dense@aaaaaaaaaaaa`, taught by `org/lora`:" in card
+    assert "- `org/lora`: gemma" in card and "- `org/large`: llama3.1" in card
+    # the dense parent may well teach what was made of it
+    assert "base_model:\n- org/dense\ntags:" in model_card(
+        tuned | {"parents": [SOURCE, SOURCE | {"role": "teacher"}]}, {}, "org/made"
+    )

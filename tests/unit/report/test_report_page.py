@@ -12,6 +12,7 @@ import pytest
 
 from moeforge.report.html import markup
 from moeforge.report.html.heat import site_labels
+from moeforge.report.html.lineage import lineage_section
 from moeforge.report.html.lines import loss_chart
 from moeforge.report.html.page import SECTIONS, page
 
@@ -197,3 +198,9 @@ def test_curves_lie_where_their_axes_say():
 def test_rows_are_named_by_layer_and_by_what_a_layer_has_several_of():
     assert site_labels(["model.layers.1.mlp", "model.layers.7.mlp"]) == ["1", "7"]
     assert site_labels(["layers.1.self_attn.q_proj", "layers.1.mlp", "head"]) == ["1 self_attn.q_proj", "1 mlp", "head"]
+
+
+def test_a_lineage_tells_a_teacher_from_a_source():
+    step = {"verb": "tune", "parents": [{"ref": "/models/moe"}, {"ref": "/models/dense", "role": "teacher"}]}
+    told = str(lineage_section({"lineage": step}))
+    assert "source: moe" in told and "teacher: dense" in told

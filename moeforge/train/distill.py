@@ -50,7 +50,7 @@ def divergence_sum(
 
     T^2 makes up for the gradient, which is T (softmax(student / T) - softmax(teacher / T)) and would shrink as 1 / T^2 without it
     (arXiv:1503.02531, section 2.1). The gradient is made along with the value, a few tokens at a time, and lies where the teacher's logits
-    were: beside these [tokens, V] in the logits' own type, and their multiple in the backward pass, some 200 MB at most are held.
+    were: beside these [tokens, V] in the logits' own type, and their multiple in the backward pass, some 100 MB at most are held.
 
     Args:
         logits: [..., V], the student's.

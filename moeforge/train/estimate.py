@@ -11,8 +11,8 @@ from ..checkpoint.roles import role_of
 from ..checkpoint.tensor import TensorInfo
 from ..errors import UsageProblem
 
-PIECE = 1 << 23
-"""Numbers of a distribution, tokens times vocabulary, of which the distance from a teacher is taken at once: 32 MiB of float32, and six such
+PIECE = 1 << 22
+"""Numbers of a distribution, tokens times vocabulary, of which the distance from a teacher is taken at once: 16 MiB of float32, and six such
 are held (:func:`moeforge.train.distill.divergence_sum`)."""
 
 

@@ -77,6 +77,7 @@ class Step:
             self.sums["loss"] += float(summed.detach()) / self.predicted
             if taught is not None:
                 kd = divergence_sum(logits, taught, batch.labels, self.settings.kd_temperature) / self.predicted
+                taught = None  # the gradient that lies there now goes as soon as it is taken
                 self.sums["kd"] += float(kd.detach())
                 if trouble is None and math.isfinite(float(loss.detach())) and not math.isfinite(float(kd.detach())):
                     trouble = GateRefused(f"the distance from the teacher became {float(kd.detach())}")

@@ -37,11 +37,6 @@ class Teacher:
         return forward(self.model, self.sites, batch)[0]
 
 
-def mixed(loss: Tensor, kd: Tensor, weight: float) -> Tensor:
-    """(1 - weight) * loss + weight * kd. With weight 1 the text's tokens have no say, not even an infinite one."""
-    return kd if weight == 1 else (1 - weight) * loss + weight * kd
-
-
 def divergence_sum(
     logits: Tensor, taught: Tensor, labels: Tensor, temperature: float = 1.0, ignore: int = -100
 ) -> Tensor:

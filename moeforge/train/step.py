@@ -14,7 +14,7 @@ from ..mixture.losses import Terms, Weights, assignments, layer_losses, weighed
 from ..mixture.routing import Routing
 from ..mixture.statistics import Statistics
 from .batch import Batch, forward
-from .distill import Teacher, divergence_sum, mixed
+from .distill import Teacher, divergence_sum
 from .losses import token_loss_sum
 from .metrics import load_metrics
 from .ranks import Ranks
@@ -79,9 +79,8 @@ class Step:
                 kd = divergence_sum(logits, taught, batch.labels, self.settings.kd_temperature) / self.predicted
                 taught = None  # the gradient that lies there now goes as soon as it is taken
                 self.sums["kd"] += float(kd.detach())
-                if trouble is None and math.isfinite(float(loss.detach())) and not math.isfinite(float(kd.detach())):
-                    trouble = GateRefused(f"the distance from the teacher became {float(kd.detach())}")
-                loss = mixed(loss, kd, self.settings.kd)
+                trouble = trouble or _broken_distance(float(loss.detach()), float(kd.detach()))
+                loss = (1 - self.settings.kd) * loss + self.settings.kd * kd
             if self.statistics is not None:
                 self.statistics.add(seen)
             self.counts = self._added(self.counts, assignments(seen))
@@ -124,3 +123,10 @@ class Step:
         if self.statistics is not None:
             record["routing"] = load_metrics(self.statistics.over(self.ranks.total))
         return record
+
+
+def _broken_distance(loss: float, kd: float) -> GateRefused | None:
+    # where the student's own loss is no number, that is what is told
+    if math.isfinite(loss) and not math.isfinite(kd):
+        return GateRefused(f"the distance from the teacher became {kd}")
+    return None

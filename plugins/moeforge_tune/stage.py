@@ -109,7 +109,9 @@ def check_causal(source: Checkpoint, called: str) -> None:
     """
     named = source.config.get("architectures") or []
     if named and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named):
-        raise BadInput(f"{called}: architectures = {named}: not a causal language model, which is what tune trains")
+        raise BadInput(
+            f"{called}: architectures = {named}: not a causal language model, which is what tune trains and learns from"
+        )
 
 
 def written(source: Checkpoint) -> Mapping[str, TensorInfo]:

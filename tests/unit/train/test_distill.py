@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeforge.errors import GateRefused
 from moeforge.train import distill
-from moeforge.train.distill import Teacher, divergence_sum, mixed
+from moeforge.train.distill import Teacher, divergence_sum
 
 from .conftest import make_model
 from .test_loop import bar, make, same, weights
@@ -126,12 +126,6 @@ def test_no_second_table_of_tokens_by_vocabulary_is_made(monkeypatch):
         divergence_sum(logits, taught, labels)
     assert 800 < largest[0] <= 1000
     assert [value.data_ptr() for value in kept] == [taught.data_ptr()]
-
-
-def test_with_all_the_weight_the_text_has_no_say():
-    loss, kd = torch.tensor(math.inf), torch.tensor(2.0)
-    assert float(mixed(loss, kd, 1.0)) == 2
-    assert float(mixed(torch.tensor(4.0), kd, 0.25)) == 3.5
 
 
 def test_a_teacher_neither_learns_nor_drops_out():

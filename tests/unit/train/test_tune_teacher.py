@@ -8,12 +8,14 @@ from safetensors.torch import load_file
 
 import moeforge
 from moeforge.errors import BadInput, Interrupted, MoeforgeError, UsageProblem
+from moeforge.pipeline.artifact import Artifact
 from moeforge.testing import inprocess
 from moeforge.testing.command import run
 from moeforge.testing.models import tiny_dense, tiny_tokenizer
 from moeforge.train.data import find_documents
 from moeforge.train.encoding import Encoder
 from moeforge.train.loop import Loop
+from moeforge_tune import teacher as work
 
 from .conftest import make_model
 
@@ -134,6 +136,21 @@ def test_a_teacher_that_changed_in_its_place_makes_another_run(home, tmp_path):
     assert asked.stage.inputs(asked.options, None)[:-1] == key[:-1] != asked.stage.inputs(asked.options, None)
     with pytest.raises(UsageProblem, match="other options or inputs"):
         tune(home, tmp_path / "out", teacher, steps=1)
+
+
+def test_a_branch_on_the_hub_means_one_commit_from_key_to_run(monkeypatch):
+    commits = iter(["1" * 40, "2" * 40])
+
+    def pin(found, options):
+        commit = next(commits)
+        return Artifact("checkpoint", f"{found.ref}@{commit}"), f"sha256:{commit}"
+
+    monkeypatch.setattr(work, "pin", pin)
+    work._pinned_on_hub.cache_clear()
+    try:
+        assert [work.pinned("org/parent")[0].ref for _ in range(2)] == 2 * [f"org/parent@{'1' * 40}"]
+    finally:
+        work._pinned_on_hub.cache_clear()
 
 
 def test_every_kind_of_checkpoint_teaches(home, tmp_path):

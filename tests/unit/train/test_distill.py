@@ -1,6 +1,7 @@
 """The distance from a teacher against a float64 reference written out by hand, and within the training loop."""
 
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -201,6 +202,22 @@ def test_the_teacher_stays_and_the_student_comes_nearer(tiny, tmp_path):
     steps = loop.run(bar).metrics.of("step")
     assert steps[-1]["kd"] < 0.5 * steps[0]["kd"]
     assert same(before, loop.teacher.model.state_dict())
+
+
+def test_the_teacher_s_logits_are_gone_before_the_loss_has_gone_back(tiny, tmp_path, monkeypatch):
+    loop = taught(tiny, tmp_path, amount=1, kd=0.5)
+    whole, made, alive = Teacher.logits, [], []
+
+    def logits(self, batch):
+        found = whole(self, batch)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Teacher, "logits", logits)
+    # the first that is reached behind the head
+    loop.model.model.norm.weight.register_hook(lambda gradient: alive.append(made[-1]() is not None))
+    loop.run(bar)
+    assert alive == [False, False]
 
 
 def test_a_teacher_of_no_numbers_is_named(tiny, tmp_path):

@@ -97,6 +97,13 @@ def test_the_weight_is_nine_tenths_unless_it_is_given(home, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_the_temperature_reaches_the_training(home, tmp_path):
+    cool, warm = (
+        steps(tune(home, tmp_path / f"{t:g}", home / "other", steps=1, kd_temperature=t))[0] for t in (1.0, 4.0)
+    )
+    assert cool["loss"] == warm["loss"] and cool["kd"] != pytest.approx(warm["kd"], rel=0.05)
+
+
 def test_a_stopped_run_continues_bit_for_bit_and_from_no_other_teacher(home, tmp_path, monkeypatch):
     asked = {"steps": 6, "save_every": 2, "kd_temperature": 2.0}
     whole = tune(home, tmp_path / "whole", home / "dense", **asked)
@@ -270,6 +277,6 @@ def test_a_vocabulary_that_no_config_tells_is_refused_before_training(home, tmp_
 
 
 def test_the_output_is_not_put_over_the_teacher(home):
-    with pytest.raises(UsageProblem, match="dense"):
-        tune(home, home / "dense", home / "dense")
+    with pytest.raises(UsageProblem, match=r"-o \S+dense/deeper .*\S+dense"):
+        tune(home, home / "dense" / "deeper", home / "dense")
     assert load_file(home / "dense" / "model.safetensors")

@@ -6,7 +6,7 @@ as PEFT has it, so that plain LoRA there is what PEFT writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import BadInput
@@ -19,6 +19,8 @@ WEIGHTS = "adapter_model.safetensors"
 PEFT_TYPE = "MOEFORGE_LORA_EXPERTS"
 FORMAT_VERSION = 1
 FFN_ROLES = ("gate", "up", "gate_up", "down")
+READERS = (("q", "k", "v"), ("gate", "up"))
+"""Linear maps of a layer that read one tensor, in the order in which they are asked to keep the router that they share."""
 
 Maps = Mapping[tuple[str, int], LinearMap]
 Entry = Mapping[str, Any]
@@ -47,7 +49,7 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "experts.options.share_a": (_is(bool), "true or false"), "experts.options.dora": (_is(bool), "true or false"),
     "experts.options.frozen": (_is(bool), "true or false"), "router.kind": (_is(str), "a name"), "router.noise": (_is(str), "a name"),
     "router.null_experts": (_whole(0), "a whole number"), "router.logit_bias": (_is(bool), "true or false"),
-    "router.bias": (_is(bool), "true or false"),
+    "router.bias": (_is(bool), "true or false"), "router.input": (lambda value: value in ("site", "shared"), "'site' or 'shared'"),
 }  # fmt: skip
 """What is read here of an entry: path -> (whether a value will do, what is expected). The rest is moeforge.mixture.config's to judge."""
 
@@ -76,15 +78,62 @@ def shapes_of(entries: Sequence[Entry], maps: Maps, ref: str) -> dict[str, tuple
         BadInput: a site that the base does not have, or an entry that no adapter can hold.
     """
     found: dict[str, tuple[int, ...]] = {}
+    followed = deciders(entries, ref)
     for entry in entries:
         for layer in entry["layers"]:
-            for name, shape in (*experts_of(entry, layer, maps, ref), *router_of(entry, layer, maps, ref)):
+            router = () if (entry["site"], layer) in followed else router_of(entry, layer, maps, ref)
+            for name, shape in (*experts_of(entry, layer, maps, ref), *router):
                 if name in found:
                     raise BadInput(
                         f"{ref}: mixtures: {name} would stand there twice: two entries for one site of layer {layer}"
                     )
                 found[name] = shape
     return found
+
+
+def deciders(entries: Iterable[Entry], ref: str) -> dict[tuple[str, int], str]:
+    """(site, layer) -> the site whose router decides there, for those that have none of their own: of the sites of a layer that
+    read one tensor, whose routers say input = 'shared', all but the first.
+
+    Raises:
+        BadInput: sites that would share a router ask for different ones, or have different numbers of experts.
+    """
+    found: dict[tuple[str, int], str] = {}
+    first: dict[tuple[str, int, int], Entry] = {}
+    for entry in sorted(entries, key=lambda entry: _reads(entry["site"])[1]):
+        site, group = entry["site"], _reads(entry["site"])[0]
+        if group is None or entry["router"].get("input", "site") != "shared":
+            continue
+        for layer in entry["layers"]:
+            leader = first.setdefault((site.rpartition(".")[0], group, layer), entry)
+            if leader["site"] == site:
+                continue
+            if (unlike := _difference(leader, entry)) is not None:
+                raise BadInput(f"{ref}: mixtures: {leader['site']} and {site} of layer {layer} share a router (router.input = 'shared'), and "
+                               f"{unlike}; make them alike, or say 'site'")  # fmt: skip
+            found[site, layer] = leader["site"]
+    return found
+
+
+def _reads(site: str) -> tuple[int | None, int]:
+    """(number in READERS of what a site reads, its place there); None: nobody else reads that."""
+    kind = site.rpartition(".")[2]
+    return next(((i, group.index(kind)) for i, group in enumerate(READERS) if kind in group), (None, 0))
+
+
+def _difference(one: Entry, other: Entry) -> str | None:
+    """What keeps two entries from having one router; None: nothing."""
+    values = [
+        {"experts.count": e["experts"]["count"], **{f"router.{k}": v for k, v in e["router"].items()}}
+        for e in (one, other)
+    ]
+    unlike = next((key for key in sorted(values[0] | values[1]) if values[0].get(key) != values[1].get(key)), None)
+    return None if unlike is None else f"{unlike} is {values[0].get(unlike)!r} and {values[1].get(unlike)!r}"
+
+
+def stored_at(entry: Entry, site: str | None) -> Entry:
+    """The entry as the site that keeps its router would have it; None: its own."""
+    return entry if site is None else {**entry, "site": site}
 
 
 def maps_of(entry: Entry, layer: int, maps: Maps, ref: str) -> dict[str, LinearMap]:

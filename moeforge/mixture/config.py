@@ -27,6 +27,9 @@ class RouterConfig:
     kind: str = "linear"
     """Where logits come from: linear, cosine (prototypes), label, static, random, or a kind that a package registers. always: one
     expert that every token visits, without logits. joined: the routers of several adapters (moeforge.mixture.joined)."""
+    input: Literal["site", "shared"] = "site"
+    """Of linear maps. site: each has a router of its own. shared: those of a layer that read one tensor (q, k and v; gate and up) have
+    one router and one decision, which lies at the first of them that has experts; o, down and whole networks have their own."""
     select: Select = "topk"
     top_k: int = 2
     score: Literal["softmax", "sigmoid", "sparsegen"] = "softmax"
@@ -112,6 +115,8 @@ class RouterConfig:
                 refuse("score", "top-p adds up probabilities: softmax")
         if self.kind == "always" and (total != 1 or policies != {"all"}):
             refuse("kind", f"one expert that every token visits: select = 'all' and one expert, not {total}")
+        if self.kind == "always" and self.input != "site":
+            refuse("input", "where all tokens go one way there is no router to share: input = 'site'")
         if ("fixed" in policies) != (self.kind == "label"):
             refuse("select", f"a fixed choice is that of kind 'label' and its only one; kind = {self.kind!r}")
         if self.kind == "label" and (policies != {"fixed"} or self.by_label):

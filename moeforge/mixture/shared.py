@@ -1,19 +1,24 @@
-"""One decision for several sites of a block: q, k, v and o that share a choice, heads that are chosen by what the block is given.
+"""One decision for several sites of a block: linear maps that read one tensor, heads that are chosen by what the block is given.
 
-A router that stands at a site reads that site's input. Where a method routes by the block's input instead, the block owns a
-SharedRouter, which decides before the block runs; the mixtures at its sites follow. Under gradient checkpointing the block runs
-again inside backward and decides again from the same input, so nothing is kept between the two.
+A router that stands at a site reads that site's input. Where several sites of a block read the same one, a SharedInput makes the
+router of one of them decide for all, when the first of them is asked. Where a method routes by what the block is given instead, the
+block owns a SharedRouter, which decides before the block runs. Under gradient checkpointing the block runs again inside backward
+and decides again from the same input, so nothing is kept between the two.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..errors import BadInput
 from .context import MixtureContext
 from .router import Router
 from .routing import Routing
+
+if TYPE_CHECKING:
+    from .layer import MixtureLayer
 
 
 class SharedRouter(nn.Module):
@@ -49,15 +54,52 @@ class SharedRouter(nn.Module):
         self.decided = None
 
 
-class Following(nn.Module):
-    """Stands where a router would and repeats the block's decision; the SharedRouter stays the block's child, not this one's."""
+class SharedInput:
+    """Sites of a block that read one tensor, and what the router of one of them decided about it.
 
-    def __init__(self, leader: SharedRouter) -> None:
+    Args:
+        leader: the mixture whose router it is; losses and statistics know the decision by its name, once.
+        block: runs all of the sites; the decision is forgotten when it starts and when it ends, however it ends.
+    """
+
+    def __init__(self, leader: MixtureLayer, block: nn.Module) -> None:
+        self.leader = leader
+        self.reader = ""
+        self.read: Tensor | None = None
+        self.decided: Routing | None = None
+        block.register_forward_pre_hook(self._forget)
+        block.register_forward_hook(self._forget, always_call=True)
+
+    @property
+    def name(self) -> str:
+        return self.leader.name
+
+    def routing(self, hidden: Tensor, site: str) -> Routing:
+        """The decision about what a site reads, [..., D].
+
+        Raises:
+            BadInput: another tensor than the site before it has read.
+        """
+        if self.decided is None:
+            self.reader, self.read, self.decided = site, hidden, self.leader.decide(hidden)
+        elif self.read is not hidden:
+            raise BadInput(f"{self.reader} and {site} share a router (router.input = 'shared'), and read different tensors in this model; give each "
+                           "its own: router.input = 'site'")  # fmt: skip
+        return self.decided
+
+    def _forget(self, *_: Any) -> None:
+        self.read = self.decided = None
+
+
+class Following(nn.Module):
+    """Stands where a router would and repeats what is decided elsewhere; who decides is no child of this one."""
+
+    def __init__(self, leader: SharedRouter | SharedInput) -> None:
         super().__init__()
         self._leader = (leader,)  # in a tuple, as a child would be saved twice
 
     @property
-    def leader(self) -> SharedRouter:
+    def leader(self) -> SharedRouter | SharedInput:
         """Who decides."""
         return self._leader[0]
 

@@ -155,6 +155,8 @@ def _why_not(entry: MixtureConfig) -> str | None:
     router, options = entry.router, entry.experts.options
     if entry.experts.type not in ("lora", "lora_ffn"):
         return f"experts.type = {entry.experts.type!r}: only lora and lora_ffn stand side by side"
+    if router.input == "shared":
+        return "router.input = 'shared': one router decides for several sites, and here each site joins the routers of all adapters"
     if router.kind == "label" or router.by_label:
         return "its router reads labels, which name the adapters here"
     if not router.causal:

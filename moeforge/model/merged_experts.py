@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.adapter_layout import maps_of, root_of, router_of
+from ..checkpoint.adapter_layout import deciders, maps_of, root_of, router_of, stored_at
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.digest import PREFIX
 from ..checkpoint.expert_adapter import ExpertAdapter, plain_tensors
@@ -221,7 +221,9 @@ class MergedExperts(Checkpoint):
         from ..mixture.router import Router
         from .weights import to_torch
 
-        entry, raw = self._entries[number], self.adapter.entries[number]
+        entry = self._entries[number]
+        keeper = deciders(self.adapter.entries, self.ref).get((entry.site, layer))
+        raw = stored_at(self.adapter.entries[number], keeper)
         here = maps_of(raw, layer, self._maps, self.ref)
         router = Router(entry.router, next(iter(here.values())).inputs, entry.experts.count).eval()
         prefix = f"{root_of(here)}.{ROUTER}."

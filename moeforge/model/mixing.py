@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import registry
+from ..checkpoint.adapter_layout import deciders
 from ..errors import BadInput
 from ..mixture.always import Always
 from ..mixture.config import MixtureConfig, RouterConfig
@@ -22,7 +23,8 @@ from ..mixture.joined import KIND as JOINED
 from ..mixture.joined import Joined
 from ..mixture.layer import MixtureLayer
 from ..mixture.router import Router
-from .sites import FFN, Site, find_sites
+from ..mixture.shared import Following, SharedInput
+from .sites import FFN, Site, common_path, find_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,11 +98,29 @@ def install(model: Any, found: Sequence[tuple[MixtureConfig, Site]], *, copy: bo
             _replace(model, path, nn.Identity())
         _replace(model, site.mount, layer)
         model.mixtures[site.mount] = (site, layer)
+    _share_routers(model, found)
     main = next((context for tower, context in contexts.items() if tower in ("", "text")), None)
     model.mixture_context = main
     if main is not None:
         feeder = _Feeder(main, model)
         model.register_forward_pre_hook(feeder.begin, with_kwargs=True)
+
+
+def _share_routers(model: Any, found: Sequence[tuple[MixtureConfig, Site]]) -> None:
+    """Sites of a layer that read one tensor, where their entries say so, get one router: that of the first."""
+    followed = deciders([entry.as_json() for entry, _ in found], type(model).__name__)
+    at = {(entry.site, site.layer): site for entry, site in found}
+    inputs: dict[str, SharedInput] = {}
+    for (kind, number), first in followed.items():
+        leader: MixtureLayer = model.mixtures[at[first, number].mount][1]
+        if leader.name not in inputs:
+            block = common_path(
+                at[role, n].mount for (role, n) in at if n == number and followed.get((role, n), role) == first
+            )
+            inputs[leader.name] = leader.shared_input = SharedInput(leader, model.get_submodule(block))
+        follower: MixtureLayer = model.mixtures[at[kind, number].mount][1]
+        follower.shared_input = inputs[leader.name]
+        follower.router = Following(inputs[leader.name])
 
 
 def _overlap(one: str, other: str) -> bool:

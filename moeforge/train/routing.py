@@ -20,7 +20,7 @@ from ..mixture.layer import MixtureLayer
 from ..mixture.router import Router
 from ..mixture.routing import Routing, routing_of_choice
 from ..mixture.select import Score
-from ..mixture.shared import Following, SharedRouter
+from ..mixture.shared import Following, SharedInput, SharedRouter
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,15 @@ class Site:
 def find_sites(model: nn.Module) -> list[Site]:
     """Every mixture layer of the model, in order; empty for a dense model."""
     modules = list(model.named_modules())
-    followed: dict[SharedRouter, list[nn.Module]] = {}
+    followed: dict[SharedRouter | SharedInput, list[nn.Module]] = {}
     for _, module in modules:
         if isinstance(module, MixtureLayer) and isinstance(module.router, Following):
             followed.setdefault(module.router.leader, []).append(module.experts)
     sites = []
     for name, block in modules:
         if isinstance(block, MixtureLayer) and isinstance(block.router, Router):
-            sites.append(_ours(block, block.router, (block.experts,)))
+            others = () if block.shared_input is None else followed.get(block.shared_input, ())
+            sites.append(_ours(block, block.router, (block.experts, *others)))
         elif isinstance(block, MixtureLayer) and isinstance(block.router, Always):
             sites.append(Site(block.name, block.router, (block.experts,), block.experts.count, 1, "softmax", block))
         elif isinstance(block, SharedRouter):

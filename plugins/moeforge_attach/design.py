@@ -92,6 +92,7 @@ def settle(design: Design, options: Options) -> Design:
             router |= {"select": "threshold", "threshold": 0.0, "score": "sparsegen", "sparsity": options.sparsity}
         if options.jitter:
             router |= {"noise": "jitter", "noise_scale": options.jitter}
+    router["input"] = options.router_input
     if design.share_a and options.dora:
         raise UsageProblem("--share-a and --dora: a magnitude needs the expert's own A")
     return replace(design, experts=options.experts or design.experts, rank=options.rank or design.rank,

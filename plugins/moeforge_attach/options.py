@@ -36,6 +36,10 @@ class Options(Decoding):
     threshold: float = opt("least probability, for --select threshold", default=0.0, min=0, max=1)
     sparsity: float = opt("for --select sparsegen: the higher, the fewer experts", default=0.0, max=0.99)
     train_select: Literal["all"] | None = opt("another choice in training: all experts, weighted", default=None)
+    router_input: Literal["site", "shared"] = opt(
+        "site: every linear map has a router of its own; shared: q, k and v have one, and gate and up, as they read the same",
+        default="site",
+    )
     router: Literal["linear", "cosine", "static"] = opt("where logits come from", default="linear")
     renormalise: bool | None = opt("make the chosen weights sum to one", default=None)
     gate_scale: Literal["prob", "none", "straight_through"] | None = opt(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moeforge.checkpoint import open_checkpoint
-from moeforge.checkpoint.adapter_layout import FORMAT_VERSION, PEFT_TYPE, shapes_of
+from moeforge.checkpoint.adapter_layout import FORMAT_VERSION, PEFT_TYPE, READERS, deciders, shapes_of
 from moeforge.checkpoint.base import COMPRESSION, Checkpoint
 from moeforge.checkpoint.expert_adapter import ExpertAdapter, adapter_ops, plain_tensors, shapes_digest, write_settings
 from moeforge.checkpoint.linear_maps import LinearMap, linear_maps
 from moeforge.checkpoint.tensor import TensorInfo
 from moeforge.checkpoint.writer import write_checkpoint
-from moeforge.errors import BadInput, GateRefused
+from moeforge.errors import BadInput, GateRefused, UsageProblem
 from moeforge.mixture.config import MixtureConfig
 from moeforge.options import format_bytes
 from moeforge.pipeline.artifact import Artifact, Plan
@@ -114,6 +114,9 @@ def _plan(src: Artifact, base: Checkpoint, options: Options, method: Bound) -> P
     content = None if brings is None else brings(base, maps, design, options, method.options, method.parents)
     found = entries(design, options, maps, src.ref) if content is None else content.entries
     raw = [entry.as_json() for entry in found]
+    if options.router_input == "shared" and not deciders(raw, src.ref):
+        raise UsageProblem(f"--router-input shared: no layer has experts at two linear maps that read the same ({_listed(READERS)}); there are "
+                           f"some at {', '.join(dict.fromkeys(e.site for e in found if e.router.kind != 'always')) or 'none'}")  # fmt: skip
     shapes = shapes_of(raw, maps, src.ref)
     total = sum(_size(shape) for shape in shapes.values())
     frozen = sum(_size(shapes[name]) for name in content.tensors if "lora_" in name) if content else 0
@@ -180,6 +183,10 @@ def settings(job: Job, whole: list[MixtureConfig]) -> dict[str, Any]:
         "attach": {"method": job.method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}},
         "experts": list(job.content.experts) if job.content else [],
     }  # fmt: skip
+
+
+def _listed(groups: Iterable[Iterable[str]]) -> str:
+    return "; ".join(", ".join(group) for group in groups)
 
 
 def _size(shape: tuple[int, ...]) -> int:

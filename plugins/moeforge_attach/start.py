@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from moeforge.checkpoint.adapter_layout import maps_of
+from moeforge.checkpoint.adapter_layout import deciders, maps_of, root_of, stored_at
 from moeforge.checkpoint.base import COMPRESSION
 from moeforge.checkpoint.quantized import wrap
 from moeforge.errors import BadInput
 from moeforge.mixture.config import MixtureConfig
+from moeforge.mixture.low_rank import LowRank
 from moeforge.model.adapters import put, values_of
 from moeforge.model.build import build
 from moeforge.model.weights import to_torch
@@ -101,21 +103,40 @@ def _dense_of(name: str) -> str:
 
 
 def _prototypes(job: Job, values: dict[str, torch.Tensor]) -> None:
-    """Router rows = the direction of inputs that each expert's B A answers most (Arrow, arXiv:2405.11157), by the power method on
-    A^T (B^T B) A without making B A. Its sign means nothing."""
-    for entry in job.entries:
+    """Router rows = the direction of inputs that each expert's s B A answers most (Arrow, arXiv:2405.11157), by the power method on
+    s^2 A^T (B^T B) A without making B A. Its sign means nothing. Where sites share a router, the direction is that of their deltas
+    one above the other, [s_q B_q A_q; s_k B_k A_k; ...]: the sum over sites of these products."""
+    raw = [entry.as_json() for entry in job.entries]
+    followed = deciders(raw, job.src.ref)
+    readers: dict[str, list[tuple[str, MixtureConfig]]] = {}
+    for entry, entry_raw in zip(job.entries, raw, strict=True):
         if entry.router.kind != "cosine":
             continue
         for layer in entry.layers:
-            for one in maps_of(entry.as_json(), layer, job.maps, job.src.ref).values():
-                rows = []
-                for e in range(entry.experts.count):
-                    a, b = (values[f"{one.path}.experts.{e}.lora_{half}.weight"].double() for half in "AB")
-                    gram = b.T @ b
-                    v = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-                    for _ in range(ITERATIONS):
-                        v = a.T @ (gram @ (a @ v))
-                        v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-                    rows.append(v.float())
-                weight = values[f"{one.path}.router.weight"]
-                weight[: len(rows)] = torch.stack(rows)
+            keeper = stored_at(entry_raw, followed.get((entry.site, layer)))
+            at = root_of(maps_of(keeper, layer, job.maps, job.src.ref))
+            readers.setdefault(at, []).extend(
+                (one.path, entry) for one in maps_of(entry_raw, layer, job.maps, job.src.ref).values()
+            )
+    for at, sites in readers.items():
+        weight = values[f"{at}.router.weight"]
+        for e in range(sites[0][1].experts.count):
+            weight[e] = _direction([_delta(values, path, entry, e) for path, entry in sites])
+
+
+def _delta(
+    values: dict[str, torch.Tensor], path: str, entry: MixtureConfig, e: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(A, B, s) of an expert at a linear map."""
+    a, b = (values[f"{path}.experts.{e}.lora_{half}.weight"].double() for half in "AB")
+    return a, b, LowRank.read(entry.experts).scale_of(entry.experts.count)[e]
+
+
+def _direction(deltas: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> torch.Tensor:
+    """[D] of length 1: what the deltas (A [r, D], B [D', r], s) together answer most."""
+    grams = [(a, s * s * (b.T @ b)) for a, b, s in deltas]
+    v = torch.randn(deltas[0][0].shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for _ in range(ITERATIONS):
+        v = torch.stack([a.T @ (gram @ (a @ v)) for a, gram in grams]).sum(0)
+        v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+    return v.float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..adapter_layout import Entry, Maps, experts_of, maps_of, root_of, router_of
+from ..adapter_layout import Entry, Maps, deciders, experts_of, maps_of, root_of, router_of
 from ..expert_names import ROUTER, dense_name
 
 LEAVES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
@@ -45,6 +45,7 @@ def places(entries: Sequence[Entry], maps: Maps, ref: str) -> list[Place]:
         BadInput: a site that the base does not have.
     """
     roles = {one.path: one.role for one in maps.values()}
+    followed = deciders(entries, ref)
     found = []
     for entry in entries:
         routed = entry["router"].get("kind", "linear") != "always"
@@ -56,6 +57,8 @@ def places(entries: Sequence[Entry], maps: Maps, ref: str) -> list[Place]:
                 # a single expert has no number in our name, but it has one where a router stands beside it
                 expert = 0 if number is None and routed and entry["experts"]["count"] == 1 else number
                 found.append(Place(name, shape, entry, layer, roles[module], module, _number(expert), leaf))
+            if (entry["site"], layer) in followed:
+                continue
             root = root_of(maps_of(entry, layer, maps, ref))
             for name, shape in router_of(entry, layer, maps, ref):
                 found.append(Place(name, shape, entry, layer, entry["site"], root, None, name[len(root) + 1 :]))

@@ -1,5 +1,7 @@
 """LoRA-Mixer: experts at the attention's linear maps (or a state-space mixer's), soft in training, top-3 after; trained together with
-labels, or imported and frozen with only the router to train."""
+labels, or imported and frozen with only the router to train.
+
+Whether q, k and v share a router the paper does not settle: they do with `--router-input shared`, and do not by default."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from moeforge.checkpoint.adapter_layout import Maps
+from moeforge.checkpoint.adapter_layout import Maps, deciders, maps_of, root_of, stored_at
 from moeforge.checkpoint.expert_adapter import ExpertAdapter, plain_tensors
+from moeforge.checkpoint.expert_names import ROUTER
 from moeforge.checkpoint.linear_maps import linear_maps
 from moeforge.checkpoint.lora_formats.places import Place, places
 from moeforge.errors import BadInput
@@ -60,8 +61,9 @@ class Adapter:
     Attributes:
         entries: its mixtures, every field there.
         options: of each entry, every option there.
-        places: of each entry, its tensors.
+        places: of each entry, its tensors; a router that several sites share stands at each of them, as every format has it.
         format: the format's name, for refusals.
+        shared: whether there is such a router.
     """
 
     source: ExpertAdapter
@@ -70,13 +72,25 @@ class Adapter:
     entries: list[MixtureConfig]
     options: list[dict[str, Any]]
     places: list[list[Place]]
+    shared: bool
 
     @classmethod
     def of(cls, source: ExpertAdapter, format: str) -> Adapter:
         entries = [MixtureConfig.from_json(raw) for raw in source.entries]
         maps = linear_maps(source.base.config, plain_tensors(source.base), source.base.ref)
         options = [{**OPTIONS, **{k: v for k, v in e.experts.options.items() if k != "targets"}} for e in entries]
-        return cls(source, format, maps, entries, options, [places([e.as_json()], maps, source.ref) for e in entries])
+        followed = deciders(source.entries, source.ref)
+        found = [
+            [_stored(place, followed, maps, source.ref) for place in places([e.as_json()], maps, source.ref)]
+            for e in entries
+        ]
+        apart = [replace(e, router=replace(e.router, input="site")) for e in entries]
+        return cls(source, format, maps, apart, options, found, bool(followed))
+
+    def parted(self) -> list[str]:
+        """A warning where a shared router is written at several sites."""
+        return [f"router.input = 'shared': {self.format} has a router for each site, so every site gets the shared one: the same function, "
+                "until they are trained further"] if self.shared else []  # fmt: skip
 
     def refuse(self, field: str, value: Any, because: str) -> typing.NoReturn:
         """Raises:
@@ -158,6 +172,16 @@ class Adapter:
 
     def base(self) -> str:
         return str(self.source.settings["base_model_name_or_path"])
+
+
+def _stored(place: Place, followed: Mapping[tuple[str, int], str], maps: Maps, ref: str) -> Place:
+    """The place with the name of the tensor that holds its values."""
+    keeper = followed.get((place.entry["site"], place.layer))
+    if keeper is None or place.role != place.entry["site"] or not place.leaf.startswith(f"{ROUTER}."):
+        return place
+    return replace(
+        place, name=f"{root_of(maps_of(stored_at(place.entry, keeper), place.layer, maps, ref))}.{place.leaf}"
+    )
 
 
 def cuts(places: Iterable[Place], naming: Callable[[Place], str]) -> dict[str, Cut]:

@@ -82,7 +82,7 @@ def moe_peft(adapter: Adapter) -> tuple[list[Package], list[str]]:
                 )
     settings = _settings(adapter, kind, [*plain, *routed]) | options | extra
     tensors = cuts([place for i in (*plain, *routed) for place in adapter.places[i]], prefixed(kind.lower()))
-    return [Package("", settings, tensors, pickled=True)], []
+    return [Package("", settings, tensors, pickled=True)], adapter.parted()
 
 
 def _settings(adapter: Adapter, kind: str, numbers: list[int]) -> dict[str, Any]:

@@ -45,4 +45,4 @@ def mola(adapter: Adapter) -> tuple[list[Package], list[str]]:
         "init_lora_weights": True, "layers_to_transform": None, "layers_pattern": None,
     }  # fmt: skip
     tensors = cuts([place for i in numbers for place in adapter.places[i]], named)
-    return [Package("", settings, tensors, pickled=True)], sorted(set(warnings))
+    return [Package("", settings, tensors, pickled=True)], [*sorted(set(warnings)), *adapter.parted()]

@@ -67,13 +67,11 @@ def separate(path, out):
     """The same adapter with a router at every site, in files alone."""
     held = load_file(path / WEIGHTS)
     for name in [name for name in held if ".router." in name]:
-        for first, *rest in (ATTENTION, FFN):
-            for site in rest:
-                if (
-                    f".{first}." in name
-                    and name.replace(first, site).partition(".router")[0] + ".experts.0.lora_B.weight" in held
-                ):
-                    held[name.replace(f".{first}.", f".{site}.")] = held[name].clone()
+        at, _, leaf = name.partition(".router.")
+        block, _, keeper = at.rpartition(".")
+        for site in next((group for group in (ATTENTION, FFN) if keeper in group), ()):
+            if f"{block}.{site}.experts.0.lora_B.weight" in held:
+                held[f"{block}.{site}.router.{leaf}"] = held[name].clone()
     out.mkdir()
     settings = json.loads((path / "adapter_config.json").read_text())
     for entry in settings["mixtures"]:

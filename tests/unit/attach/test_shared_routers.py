@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 import moeforge
 from moeforge.checkpoint import open_checkpoint
 from moeforge.checkpoint.expert_adapter import ExpertAdapter
+from moeforge.checkpoint.linear_maps import linear_maps
+from moeforge.checkpoint.lora_formats.places import places
 from moeforge.errors import BadInput, MoeforgeError, UsageProblem
 from moeforge.model.adapters import forced
 from moeforge.model.joining import join
@@ -111,6 +113,10 @@ def test_plan_and_files_hold_a_router_once_and_what_is_left_starts_as_without(ba
     made = plan("attach", base, method="mola", rank=3, router_input="shared")
     assert set(made.tensors) == {f"model.{name}" for name in one}
     assert made.facts["parameters_adapter"] == sum(value.numel() for value in one.values())
+    with open_checkpoint(str(out)) as adapter:
+        assert isinstance(adapter, ExpertAdapter)
+        maps = linear_maps(adapter.base.config, adapter.base.tensors, "x")
+        assert sorted(place.name for place in places(adapter.entries, maps, "x")) == sorted(adapter.own)
     assert {e["router"]["input"] for e in json.loads((out / "adapter_config.json").read_text())["mixtures"]} == {
         "shared"
     }

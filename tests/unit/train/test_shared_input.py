@@ -126,6 +126,7 @@ def test_one_decision_a_forward_pass_even_where_it_is_random(tiny):
     """Jitter makes two decisions about one tensor differ: there is one, and all sites get the very same list."""
     model = adapted(tiny("llama"), noise="jitter", noise_scale=0.9, top_k=1, renormalise=False).train()
     called, seen = routers_called(model), pairs_at_experts(model)
+    torch.manual_seed(3)
     gradients(model)
     assert len(called) == len(set(called)) == LAYERS * (len(SITES) - len(FIRST))
     for site, first in FIRST.items():
@@ -135,7 +136,7 @@ def test_one_decision_a_forward_pass_even_where_it_is_random(tiny):
             assert seen[name][0] is seen[name.replace(site, first)][0]
     first = seen["model.layers.0.self_attn.q_proj"]
     gradients(model)
-    assert not torch.equal(first[0].expert, first[1].expert), "the noise does not matter, so this shows nothing"
+    assert not torch.equal(*(pairs.gates() > 0 for pairs in first)), "the noise does not matter, so this shows nothing"
 
 
 def test_a_recomputed_block_decides_again_with_the_same_noise_and_keeps_nothing(tiny):

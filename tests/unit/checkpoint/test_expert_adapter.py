@@ -69,6 +69,15 @@ def logits(model, family, **more):
         return model(**inputs_of(family), **more).logits
 
 
+def assert_same(one, other, family):
+    """Every parameter bit for bit; logits up to rounding, as where a tensor lies in memory decides how some processors add it up."""
+    found, wanted = dict(one.named_parameters()), dict(other.named_parameters())
+    assert found.keys() == wanted.keys()
+    assert [name for name, value in found.items() if not torch.equal(value, wanted[name])] == []
+    gap = (logits(one, family) - logits(other, family)).norm() / logits(other, family).norm()
+    assert gap <= 1e-5
+
+
 def bytes_in(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -79,10 +88,11 @@ def test_it_is_one_checkpoint_however_it_is_read(family, base, tmp_path):
     with open_checkpoint(str(out)) as whole:
         assert isinstance(whole, ExpertAdapter) and whole.config["model_type"] == "moeforge"
         assert all(whole.read(name).shape == info.shape for name, info in whole.tensors.items())
-        beside = logits(moeforge.load(whole, dtype="float32"), family)
+        loaded = moeforge.load(whole, dtype="float32")
+        beside = logits(loaded, family)
         # the way of any other checkpoint of that type, whose reader knows no adapter
         again = assemble(whole, dtype="float32", device="cpu", attention=None)
-        assert torch.equal(logits(again, family), beside)
+        assert_same(again, loaded, family)
     dense = logits(moeforge.load(str(base(family)), dtype="float32"), family)
     assert (beside - dense).norm() > 1e-3 * dense.norm(), "the experts take part"
     still = save_adapter(tmp_path / "still", base(family), BASES[family], scatter=0)
@@ -125,9 +135,9 @@ def test_a_step_of_training_is_saved_and_read_again(family, base, tmp_path):
     again.mkdir()
     shutil.copy(out / CONFIG, again)
     save_file({PREFIX + name: value.contiguous() for name, value in values_of(model).items()}, again / WEIGHTS)
-    wanted = logits(model.eval(), family)
-    assert torch.equal(logits(moeforge.load(str(again), dtype="float32"), family), wanted)
-    assert not torch.equal(logits(moeforge.load(str(out), dtype="float32"), family), wanted)
+    assert_same(moeforge.load(str(again), dtype="float32"), model.eval(), family)
+    with pytest.raises(AssertionError):
+        assert_same(moeforge.load(str(out), dtype="float32"), model, family)
     assert bytes_in(base(family)) == before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,8 @@ def _plan(src: Artifact, base: Checkpoint, options: Options, method: Bound) -> P
     if options.router_input == "shared" and not deciders(raw, src.ref):
         raise UsageProblem(f"--router-input shared: no layer has experts at two linear maps that read the same ({_listed(READERS)}); there are "
                            f"some at {', '.join(dict.fromkeys(e.site for e in found if e.router.kind != 'always')) or 'none'}")  # fmt: skip
+    if options.router_init == "prototypes":
+        _require_prototypes(found, imported=content is not None)
     shapes = shapes_of(raw, maps, src.ref)
     total = sum(_size(shape) for shape in shapes.values())
     frozen = sum(_size(shapes[name]) for name in content.tensors if "lora_" in name) if content else 0
@@ -183,6 +185,21 @@ def settings(job: Job, whole: list[MixtureConfig]) -> dict[str, Any]:
         "attach": {"method": job.method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}},
         "experts": list(job.content.experts) if job.content else [],
     }  # fmt: skip
+
+
+def _require_prototypes(found: Sequence[MixtureConfig], *, imported: bool) -> None:
+    """
+    Raises:
+        UsageProblem: there is nothing that routers could start at, or no router that would.
+    """
+    if not imported:
+        raise UsageProblem("--router-init prototypes: new experts change nothing yet, so there is no input that they answer most; it is for "
+                           "imported LoRAs (--experts-from), or leave it out")  # fmt: skip
+    if not any(entry.router.kind == "cosine" for entry in found):
+        kinds = ", ".join(dict.fromkeys(entry.router.kind for entry in found))
+        raise UsageProblem(
+            f"--router-init prototypes: directions are rows of a cosine router, here is {kinds}; add --router cosine"
+        )
 
 
 def _listed(groups: Iterable[Iterable[str]]) -> str:

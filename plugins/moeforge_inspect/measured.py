@@ -61,13 +61,14 @@ def label_names(step: Mapping[str, Any]) -> list[str]:
 
 
 def read_metrics(text: str, where: str) -> dict[str, Any]:
-    """`steps`, `held_out` and `loads` of a metrics.jsonl.
+    """`steps`, `held_out`, `loads` and, where a teacher was asked, `distances` of a metrics.jsonl.
 
     Raises:
         BadInput: names the line.
     """
     steps: list[list[float]] = []
     held_out: list[list[float]] = []
+    distances: list[list[float]] = []
     loads: list[dict[str, Any]] = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -77,6 +78,8 @@ def read_metrics(text: str, where: str) -> dict[str, Any]:
                 raise TypeError(f"step {step!r} and loss {loss!r}")
             if event == "step":
                 steps.append([step, loss])
+                if "kd" in record:
+                    distances.append([step, _number(record["kd"])])
                 said, title = record.get("routing"), f"training text, step {step}"
             else:
                 held_out.append([step, loss])
@@ -86,7 +89,7 @@ def read_metrics(text: str, where: str) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{where}, line {number}: not a record of tune ({type(error).__name__}: {error}); "
                            "restore the file or remove it") from error  # fmt: skip
-    return {"steps": steps, "held_out": held_out, "loads": loads}
+    return {"steps": steps, "held_out": held_out, "loads": loads} | ({"distances": distances} if distances else {})
 
 
 def _load(record: Mapping[str, Any], title: str) -> dict[str, Any]:

@@ -24,10 +24,18 @@ def loss_section(training: Mapping[str, Any]) -> Markup:
         (f"{step:g}", f"{loss:.4f}", number(math.exp(min(loss, 700)), 4)) for step, loss in _spread(held_out, HELD_OUT)
     ]
     return join([
-        tag("p", "Measured by the run in ", tag("code", training["from"]), "."),
+        tag("p", "Measured by the run in ", tag("code", training["from"]), ".", _distance(training.get("distances", ()))),
         tag("div", loss_chart(steps, held_out),
             table(("after step", "loss", "perplexity"), rows, "Held-out text, nats a token", numbers=0) if rows else "", class_="beside"),
     ])  # fmt: skip
+
+
+def _distance(distances: Sequence[Sequence[float]]) -> str:
+    """How far from its teacher the model was, in words: it is no loss on text, so it has no place among the curves."""
+    if not distances:
+        return ""
+    (first, far), (last, near) = distances[0], distances[-1]
+    return f" Distance from the teacher, T² KL: {number(far)} nats a token in step {first:g}, {number(near)} in step {last:g}."
 
 
 def load_section(

@@ -200,7 +200,11 @@ def test_training_is_found_in_the_artifact_or_in_the_parent_it_was_made_of(home,
 ])  # fmt: skip
 def test_a_damaged_line_of_metrics_is_named(line):
     good = '{"event": "step", "step": 1, "loss": 2.0}\n'
-    assert read_metrics(good, "m")["steps"] == [[1, 2.0]]
+    assert read_metrics(good, "m")["steps"] == [[1, 2.0]] and "distances" not in read_metrics(good, "m")
+    taught = good.replace('"loss"', '"kd": 0.5, "loss"')
+    assert read_metrics(taught, "m")["distances"] == [[1, 0.5]]
+    with pytest.raises(BadInput, match="line 1"):
+        read_metrics(taught.replace("0.5", "NaN"), "m")
     with pytest.raises(BadInput, match="m, line 2: not a record of tune"):
         read_metrics(good + line, "m")
 

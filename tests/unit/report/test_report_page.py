@@ -15,6 +15,7 @@ from moeforge.report.html.heat import site_labels
 from moeforge.report.html.lineage import lineage_section
 from moeforge.report.html.lines import loss_chart
 from moeforge.report.html.page import SECTIONS, page
+from moeforge.report.html.training import loss_section
 
 KINDS = ("dense", "moe", "own", "tuned", "small", "attached", "adapter")
 HOSTILE = [
@@ -178,6 +179,9 @@ def test_rows_without_values_and_of_different_lengths_are_drawn(elements):
 
 def test_curves_lie_where_their_axes_say():
     steps = [[step, 4.0 - step / 50] for step in range(1, 101)]
+    told = str(loss_section({"from": "here", "steps": steps, "held_out": [], "distances": [[1, 0.75], [100, 0.125]]}))
+    assert "0.75 nats a token in step 1, 0.125 in step 100" in told
+    assert "teacher" not in str(loss_section({"from": "here", "steps": steps, "held_out": []}))
     chart = loss_chart(steps, [[0, 4.0], [100, 2.0]])
     labels = [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', chart)]
     heights = [float(y) for y in re.findall(r'class="grid"[^>]* y1="([\d.]+)"', chart)]

@@ -175,14 +175,20 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     ways = mean_gates(runs)
     figure, axes = plt.subplots(2, len(ENTROPY), figsize=(4.2 * len(ENTROPY), 7), layout="constrained")
-    image = None
+    image, most = None, max(x for rows in ways.values() for row in rows for x in row)
     for axis, (way, shares) in zip(axes.flat, ways.items(), strict=True):
-        image = axis.imshow(
-            shares, vmin=0, vmax=max(x for rows in ways.values() for row in rows for x in row), cmap="viridis"
-        )
+        image = axis.imshow(shares, vmin=0, vmax=most, cmap="viridis")
         for y, row in enumerate(shares):
             for x, share in enumerate(row):
-                axis.text(x, y, f"{share:.2f}", ha="center", va="center", color="white", fontsize=9)
+                axis.text(
+                    x,
+                    y,
+                    f"{share:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="black" if share > 0.7 * most else "white",
+                )
         axis.set_xticks(range(len(shares[0])), [*DOMAINS, "null"][: len(shares[0])])
         axis.set_yticks(range(len(DOMAINS)), DOMAINS)
         axis.set(title=way, xlabel="expert", ylabel="text")

@@ -19,7 +19,10 @@ pytestmark = pytest.mark.skipif(
     reason="transformers has had experts on ranks of their own since 5.23",
 )
 TOLERANCE = 5e-6
-"""Of norms, relative: float32 sums in another order."""
+"""Of losses, and of gradients by norm, relative: float32 sums in another order."""
+DRIFT = 4e-5
+"""Of weights after some updates: AdamW divides by the root of the second moment, so a rounding error in a gradient near zero becomes a
+step of its own; some processors come to 5.4e-6. What a rank forgets or counts twice changes 1e-3 and more."""
 LAYOUTS = {
     2: {"fsdp2": (1, 2, 1, 1), "fsdp2-ep2": (1, 2, 2, 1), "tp2": (2, 1, 1, 1), "tp2-ep2": (2, 1, 2, 1)},
     4: {"fsdp4-ep4": (1, 4, 4, 1), "fsdp4-ep2": (1, 4, 2, 1), "tp2-fsdp2-ep4": (2, 2, 4, 1), "tp2-fsdp2": (2, 2, 1, 1),
@@ -167,9 +170,10 @@ def agree(one, other, cut_alike=True):
         assert one[kind].keys() == other[kind].keys()
         whole = float(torch.nn.utils.get_total_norm(one[kind].values()))
         assert whole > 0
+        limit = TOLERANCE if kind == "gradients" else DRIFT
         for name, value in one[kind].items():
             # a tensor's gradient may be the small rest of large terms, so it is measured by a hundredth of all at least
-            bound = TOLERANCE * max(float(value.norm()), 0.01 * whole)
+            bound = limit * max(float(value.norm()), 0.01 * whole)
             assert float((other[kind][name] - value).norm()) <= bound, (kind, name)
 
 

@@ -18,6 +18,7 @@ from moeforge.train.loop import Loop
 from moeforge_tune import teacher as work
 
 from .conftest import make_model
+from .test_engine import pytestmark as engine
 
 SHORT = {"sequence_length": 32, "batch_size": 2, "learning_rate": 1e-2}
 
@@ -228,8 +229,16 @@ def test_the_plan_counts_the_teacher(home):
         taught["peak_memory_bytes"] - alone["peak_memory_bytes"]
         == 4 * taught["parameters_teacher"] + 4 * tables + 24 * tables
     )
-    many = [facts(teacher, fsdp=2)["peak_memory_bytes"] for teacher in (str(home / "dense"), None)]
-    assert many[0] - many[1] == taught["peak_memory_bytes"] - alone["peak_memory_bytes"]  # every rank holds it whole
+
+
+@engine
+def test_every_rank_holds_the_teacher_whole(home):
+    def peak(teacher, fsdp):
+        found = inprocess.plan("tune", home / "moe", **options(home, "", fsdp=fsdp) | {"teacher": teacher})
+        return found.facts["peak_memory_bytes"]
+
+    one, two = (peak(str(home / "dense"), fsdp) - peak(None, fsdp) for fsdp in (1, 2))
+    assert one == two > 0
 
 
 @pytest.mark.parametrize(("asked", "message"), [

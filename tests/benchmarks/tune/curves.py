@@ -148,32 +148,46 @@ def report(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Losses over tokens, means and 95 % intervals of the differences to the dense model."""
+    """Losses over tokens, means and 95 % intervals of the differences to the dense model; both scales leave room for what is close together,
+    where one contestant starts far away."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, runs in found.items():
+    shown = []
+    for number, (name, runs) in enumerate(found.items()):
         tokens = [seen for seen, _ in runs[0]["points"]]
-        losses = [
-            statistics.fmean(loss) for loss in zip(*([loss for _, loss in run["points"]] for run in runs), strict=True)
-        ]
-        left.plot(tokens, losses, marker="o", markersize=3, label=name, linestyle="--" if name == FLOPS else "-")
+        columns = list(zip(*([loss for _, loss in run["points"]] for run in runs), strict=True))
+        losses = [statistics.fmean(column) for column in columns]
+        color, far = f"C{number}", losses[-1] > last_loss(found[DENSE]) + FAR
+        label = f"{name} (off this scale: {losses[0]:.2f} to {losses[-1]:.2f})" if far else name
+        left.plot(tokens, losses, marker="o", markersize=3, label=label, color=color, linestyle="--" if name == FLOPS else "-")
+        shown += [] if far else losses
         if name in (DENSE, FLOPS):
             continue
         bars = [Interval.of(column) for column in gains(found, name)]
-        right.errorbar(
-            tokens, [bar.mean for bar in bars], yerr=[bar.half or 0 for bar in bars], marker="o", markersize=3, capsize=3, label=name
-        )  # fmt: skip
-    left.set(xlabel="tokens seen", ylabel="held-out loss, mean of seeds (nats a token)")
+        means, halves = [bar.mean for bar in bars], [bar.half or 0 for bar in bars]
+        right.errorbar(tokens, means, yerr=halves, marker="o", markersize=3, capsize=3, label=name, color=color)
+    room = 0.05 * (max(shown) - min(shown))
+    left.set(xlabel="tokens seen", ylabel="held-out loss, mean of seeds (nats a token)", ylim=(min(shown) - room, max(shown) + room))
+    right.set_yscale("symlog", linthresh=0.02)
     right.set(xlabel="tokens seen", ylabel="above the dense model's, 95 % interval over seeds")
     right.axhline(0, color="grey", linewidth=1)
+    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right", ncols=3)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+
+
+FAR = 0.2
+"""Nats above the dense model's loss from which on a contestant does not set the scale."""
+
+
+def last_loss(runs: list[dict[str, Any]]) -> float:
+    return statistics.fmean(run["points"][-1][1] for run in runs)
 
 
 def plot_experts(found: dict[str, list[dict[str, Any]]], sources: list[str], path: Path) -> None:
@@ -189,9 +203,9 @@ def plot_experts(found: dict[str, list[dict[str, Any]]], sources: list[str], pat
     limit = max(0.01, max(abs(x) for rows in maps.values() for row in rows for x in row))
     for ax, (name, rows) in zip(axes[0], maps.items(), strict=True):
         image = ax.imshow(rows, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
-        ax.set(title=name, xlabel="expert", ylabel="layer")
+        ax.set(title=name, xlabel="expert", ylabel="sparse layer", xticks=range(len(rows[0])), yticks=range(len(rows)))
     figure.colorbar(image, ax=axes[0].tolist(), label=f"share of {sources[0]} less share of {sources[1]}")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from moeforge.pipeline.context import Context
 from moeforge.pipeline.journal import JOURNAL, Journal
 from moeforge.pipeline.progress import Progress
 from moeforge.testing import inprocess
+from moeforge.train.ranks import Ranks
 from moeforge_tune.run import prepare
 
 
@@ -46,7 +47,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch, open_checkpoint(job["model"]) as source:
         space: Any = SimpleNamespace(path=Path(scratch), journal=Journal(Path(scratch) / JOURNAL, "benchmark"))
-        loop = prepare(plan.payload, source, space, Context("tune", Progress("tune", quiet=True), Path(scratch)))
+        loop = prepare(plan.payload, source, Ranks.here(), Context("tune", Progress("tune", quiet=True), Path(scratch)), space)
         steps = loop.run(clock).metrics.of("step")
     config = loop.model.config
     return {"losses": [step["loss"] for step in steps], "tokens": [step["tokens"] for step in steps], "times": clock.times,

@@ -163,7 +163,9 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         losses = [statistics.fmean(column) for column in columns]
         color, far = f"C{number}", losses[-1] > last_loss(found[DENSE]) + FAR
         label = f"{name} (off this scale: {losses[0]:.2f} to {losses[-1]:.2f})" if far else name
-        left.plot(tokens, losses, marker="o", markersize=3, label=label, color=color, linestyle="--" if name == FLOPS else "-")
+        left.plot(
+            tokens, losses, marker="o", markersize=3, label=label, color=color, linestyle="--" if name == FLOPS else "-"
+        )
         shown += [] if far else losses
         if name in (DENSE, FLOPS):
             continue
@@ -171,7 +173,11 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         means, halves = [bar.mean for bar in bars], [bar.half or 0 for bar in bars]
         right.errorbar(tokens, means, yerr=halves, marker="o", markersize=3, capsize=3, label=name, color=color)
     room = 0.05 * (max(shown) - min(shown))
-    left.set(xlabel="tokens seen", ylabel="held-out loss, mean of seeds (nats a token)", ylim=(min(shown) - room, max(shown) + room))
+    left.set(
+        xlabel="tokens seen",
+        ylabel="held-out loss, mean of seeds (nats a token)",
+        ylim=(min(shown) - room, max(shown) + room),
+    )
     right.set_yscale("symlog", linthresh=0.02)
     right.set(xlabel="tokens seen", ylabel="above the dense model's, 95 % interval over seeds")
     right.axhline(0, color="grey", linewidth=1)

@@ -47,7 +47,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch, open_checkpoint(job["model"]) as source:
         space: Any = SimpleNamespace(path=Path(scratch), journal=Journal(Path(scratch) / JOURNAL, "benchmark"))
-        loop = prepare(plan.payload, source, Ranks.here(), Context("tune", Progress("tune", quiet=True), Path(scratch)), space)
+        loop = prepare(
+            plan.payload, source, Ranks.here(), Context("tune", Progress("tune", quiet=True), Path(scratch)), space
+        )
         steps = loop.run(clock).metrics.of("step")
     config = loop.model.config
     return {"losses": [step["loss"] for step in steps], "tokens": [step["tokens"] for step in steps], "times": clock.times,

@@ -107,7 +107,9 @@ def test_a_killed_rank_takes_the_others_along_and_another_layout_continues(home,
     os.kill(ranks[1], signal.SIGKILL)
     code, out, said = finish(process)
     assert code != 0 and out == "" and not (tmp_path / "out").exists()
-    assert [line for line in said if "error" in line] == [said[-1]] and "another rank has ended" in said[-1]
+    # torchrun ends the others with SIGTERM, and that they heard it may be said before the error or after
+    (error,) = [line for line in said if "error" in line]
+    assert "another rank has ended" in error
     code, out, said = finish(start(*words(home, tmp_path / "out", *options, "--tp", 2)))
     assert code == 0, said
     assert any(re.search(r"continuing after step \d+, with --accumulate 2", line) for line in said)

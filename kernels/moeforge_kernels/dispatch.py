@@ -85,6 +85,10 @@ class Op:
             return self.backends[wish]
         return next(b for b in self.backends.values() if b.why_not(*args, **kwargs) is None)
 
+    def run(self, asked: str | None, *args: Any, default: str | None = None, **kwargs: Any) -> Any:
+        """What the chosen backend makes of these arguments; see :meth:`choose`."""
+        return self.choose(asked, *args, default=default, **kwargs).function(*args, **kwargs)
+
 
 def always(*_: Any, **__: Any) -> None:
     """`why_not` of a backend that takes everything."""

@@ -29,4 +29,4 @@ def combine(y: Tensor, pairs: Pairs, *, backend: str | None = None) -> Tensor:
     Returns:
         [T, N] in y's dtype, summed in float32 (float64 stays). Differentiable in y and the pairs' weights.
     """
-    return OP.choose(backend, y, pairs).function(y, pairs)
+    return OP.run(backend, y, pairs)

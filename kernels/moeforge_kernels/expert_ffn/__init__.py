@@ -52,4 +52,4 @@ def expert_ffn(
         [T, D] in x's dtype. Differentiable in x, the weights, the biases and the pairs' weights.
     """
     options = {"activation": activation, "gated": gated, "up_bias": up_bias, "down_bias": down_bias}
-    return OP.choose(backend, x, pairs, up, down, **options).function(x, pairs, up, down, **options)
+    return OP.run(backend, x, pairs, up, down, **options)

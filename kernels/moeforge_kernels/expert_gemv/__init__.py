@@ -53,4 +53,4 @@ def expert_gemv(
         ValueError: a backend is asked for that cannot run this.
     """
     options = {"activation": activation, "gated": gated, "up_bias": up_bias, "down_bias": down_bias}
-    return OP.choose(backend, x, index, weight, up, down, **options).function(x, index, weight, up, down, **options)
+    return OP.run(backend, x, index, weight, up, down, **options)

@@ -42,5 +42,4 @@ def grouped_gemm(
     Returns:
         [P, N] in x's dtype; rows of empty pairs are zero. Differentiable in x, weight and bias.
     """
-    chosen = OP.choose(backend, x, weight, pairs, bias=bias, gather=gather)
-    return chosen.function(x, weight, pairs, bias=bias, gather=gather)
+    return OP.run(backend, x, weight, pairs, bias=bias, gather=gather)

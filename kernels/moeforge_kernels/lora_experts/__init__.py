@@ -22,6 +22,7 @@ def plan(tokens: int, experts: int, rank: int) -> str:
 
 
 def are_few(pairs: Pairs) -> bool:
+    """Whether there are so few pairs: those of a decoding step."""
     return FEW * len(pairs.token) <= pairs.experts
 
 
@@ -63,19 +64,28 @@ def lora_experts(
         [T, D'] in x's dtype. Differentiable in x, lora_a, lora_b and the pairs' weights.
     """
     default = "few" if are_few(pairs) else plan(len(x), pairs.experts, lora_a.shape[1])
-    chosen = OP.choose(backend, x, pairs, lora_a, lora_b, scale, default=default)
-    return chosen.function(x, pairs, lora_a, lora_b, scale)
+    return OP.run(backend, x, pairs, lora_a, lora_b, scale, default=default)
 
 
 def lora_shrink(x: Tensor, pairs: Pairs, lora_a: Tensor, *, backend: str | None = None) -> Tensor:
     """A_e x_t of each pair (t, e): [T, D] -> [P, r] in x's dtype; rows of empty pairs are zero. See :func:`lora_experts`."""
-    chosen = SHRINK.choose(backend, x, pairs, lora_a, default=plan(len(x), pairs.experts, lora_a.shape[1]))
-    return chosen.function(x, pairs, lora_a)
+    return SHRINK.run(backend, x, pairs, lora_a, default=plan(len(x), pairs.experts, lora_a.shape[1]))
 
 
 def lora_expand(low: Tensor, pairs: Pairs, lora_b: Tensor, scale: Tensor, *, backend: str | None = None) -> Tensor:
-    """out_t = sum over pairs (t, e, w) of w * scale_e * B_e low of the pair: [P, r] -> [T, D'] in low's dtype; rows of empty pairs are
-    not read. See :func:`lora_experts`."""
+    """out_t = sum over pairs (t, e, w) of w * scale_e * B_e low of the pair: the second half of :func:`lora_experts`.
+
+    Args:
+        low: [P, r]; rows of empty pairs are not read.
+        lora_b: [E, D', r].
+        scale: [E] float32, without gradient.
+        backend: `concat`, `grouped`, `few` or `reference`; default: `few` for few pairs, else `concat`.
+
+    Returns:
+        [T, D'] in low's dtype. Differentiable in low, lora_b and the pairs' weights.
+
+    Raises:
+        ValueError: there is no such back end.
+    """
     # the product of all ranks accumulates onto few rows whatever E r is, so it is never grouped unasked
-    chosen = EXPAND.choose(backend, low, pairs, lora_b, scale, default="few" if are_few(pairs) else "concat")
-    return chosen.function(low, pairs, lora_b, scale)
+    return EXPAND.run(backend, low, pairs, lora_b, scale, default="few" if are_few(pairs) else "concat")

@@ -55,4 +55,4 @@ def route(
         The list; its weights are differentiable in the logits.
     """
     options = {"score": score, "select_first": select_first, "renormalise": renormalise, "factor": factor, "bias": bias, "real": real}  # fmt: skip
-    return OP.choose(backend, logits, top_k, **options).function(logits, top_k, **options)
+    return OP.run(backend, logits, top_k, **options)

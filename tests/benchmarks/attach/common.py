@@ -50,6 +50,8 @@ class Domain:
     train: tuple[Document, ...]
     choose: tuple[Document, ...]
     report: tuple[Document, ...]
+    questions: tuple[Any, ...] = ()
+    """Of a task: the questions of `report`, with the answers to choose from."""
 
 
 def domain(name: str) -> Domain:
@@ -101,7 +103,8 @@ class Trained:
 
     def __init__(self, ref: Path | str) -> None:
         with open_checkpoint(str(ref)) as source:
-            self.encode = Encoder(load_tokenizer(source.base if isinstance(source, ExpertAdapter) else source))
+            self.tokenizer = load_tokenizer(source.base if isinstance(source, ExpertAdapter) else source)
+            self.encode = Encoder(self.tokenizer)
             self.model: Any = load(source, dtype=torch.float32)
         if not borders_hold(self.model, find_sites(self.model), self.model.config.get_text_config().vocab_size):
             sys.exit(

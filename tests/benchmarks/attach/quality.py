@@ -3,6 +3,7 @@
     python tests/benchmarks/attach/quality.py                                # about 40 minutes on two quiet cores
     python tests/benchmarks/attach/quality.py --rates 3e-4,1e-3              # each method at the better of two rates
     python tests/benchmarks/attach/quality.py --steps 3 --rows 1 --seeds 0 --only lora,mixlora    # a smoke test
+    python tests/benchmarks/attach/quality.py --tasks LLM-Adapters/dataset   # three public tasks instead, see tasks.py
 
 See README.md. Every run is appended to quality.jsonl in the work directory as it ends, and is not done again.
 """
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import LENGTH, ROOT, ROWS, Log, Trained, attach, domain, heading, settle_process, table, trainable
+from common import LENGTH, ROOT, ROWS, Domain, Log, Trained, attach, domain, heading, settle_process, table, trainable
+from tasks import TASKS, score, task
 
 from moeforge.testing.interval import Interval
 from moeforge.testing.real import smollm2_gguf
@@ -78,15 +80,21 @@ def matched_ranks(least: int) -> dict[str, tuple[int, int]]:
     )
 
 
+def domains_of(job: Mapping[str, Any]) -> dict[str, Domain]:
+    if "tasks" in job:
+        return {name: task(Path(job["tasks"]), name) for name in TASKS}
+    return {name: domain(name) for name in DOMAINS}
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train one contestant and measure it: held-out losses by domain, tokens, seconds."""
-    domains = {name: domain(name) for name in DOMAINS}
+    """Train one contestant and measure it: held-out losses by domain, tokens, seconds; of tasks, their questions too."""
+    domains = domains_of(job)
     name, steps, seed = job["name"], job["steps"], job["seed"]
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         if name == "base":
             trained, spent = Trained(smollm2_gguf()), []
-            return _measure(trained, domains, job["rows"]) | _sums(spent)
+            return _measure(trained, domains, job) | _sums(spent)
         one = CONTESTANTS[name]
 
         def fresh() -> Trained:
@@ -95,13 +103,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         how = {"rate": job["rate"], "seed": seed}
         if name == ALONE:
             # as many tokens of its domain as the mixed run has of each, so the difference is what the other domains cost or give
-            found: dict[str, Any] = {"choose": {}, "loss": {}, "held_out_tokens": {}}
+            found: dict[str, Any] = {}
             spent = []
             for own, text in domains.items():
                 trained = fresh()
-                spent.append(trained.train([text], scratch / own, steps=max(round(steps / len(DOMAINS)), 1), **how))
-                measured = _measure(trained, {own: text}, job["rows"])
-                found = {key: {**found[key], **measured[key]} for key in found}
+                spent.append(trained.train([text], scratch / own, steps=max(round(steps / len(domains)), 1), **how))
+                measured = _measure(trained, {own: text}, job)
+                found = {key: {**found.get(key, {}), **measured[key]} for key in measured}
             return found | _sums(spent)
         trained = fresh()
         if name == HARD_SOFT:
@@ -112,7 +120,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                     list(domains.values()), scratch / "log", steps=round(steps * one.steps), balance=BALANCE, **how
                 )
             ]
-        return _measure(trained, domains, job["rows"]) | _sums(spent)
+        return _measure(trained, domains, job) | _sums(spent)
 
 
 def _hard_soft(
@@ -126,15 +134,24 @@ def _hard_soft(
     ]
 
 
-def _measure(trained: Trained, domains: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def _measure(trained: Trained, domains: Mapping[str, Domain], job: Mapping[str, Any]) -> dict[str, Any]:
     """Of the text for choosing half as much is read as of that for the results."""
+    rows = job["rows"]
     choose = {name: trained.loss(text.choose, max(rows // 2, 1))["loss"] for name, text in domains.items()}
     report = {name: trained.loss(text.report, rows) for name, text in domains.items()}
-    return {
+    measured: dict[str, Any] = {
         "choose": choose,
         "loss": {name: found["loss"] for name, found in report.items()},
         "held_out_tokens": {name: found["tokens"] for name, found in report.items()},
     }
+    if "tasks" in job:
+        asked = {
+            name: score(trained.model, trained.tokenizer, text.questions[: job["questions"]])
+            for name, text in domains.items()
+        }
+        for key in ("accuracy", "nats"):
+            measured[key] = {name: found[key] for name, found in asked.items()}
+    return measured
 
 
 def _sums(spent: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -158,6 +175,8 @@ def contest(
     def get(name: str, seed: int, rate: float) -> dict[str, Any]:
         steps, rank = (0, 0) if name == "base" else (args.steps, ranks[name][0])
         job = {"name": name, "rank": rank, "steps": steps, "rate": rate, "seed": seed, "rows": args.rows}
+        if args.tasks is not None:
+            job |= {"tasks": str(args.tasks), "questions": args.questions}
         record = log.get(job, run)
         print(f"  {name} seed {seed} rate {rate:g}: {mean_loss(record):.4f}, {record['tokens']:,} tokens, {record['seconds']:.0f} s, "
               f"{record['peak_rss_mb']} MB", file=sys.stderr, flush=True)  # fmt: skip
@@ -171,20 +190,23 @@ def contest(
     return found
 
 
-def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
-    """Domain (and `mean` of all) -> loss of the one less that of the other, paired by seed."""
+def differences(
+    one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], key: str = "loss"
+) -> dict[str, Interval]:
+    """Domain (and `mean` of all) -> loss, or what `key` names, of the one less that of the other, paired by seed."""
     found = {
-        name: Interval.of([a["loss"][name] - b["loss"][name] for a, b in zip(one, other, strict=True)])
-        for name in DOMAINS
+        name: Interval.of([a[key][name] - b[key][name] for a, b in zip(one, other, strict=True)])
+        for name in one[0][key]
     }
-    return found | {"mean": Interval.of([mean_loss(a) - mean_loss(b) for a, b in zip(one, other, strict=True)])}
+    return found | {"mean": Interval.of([mean_loss(a, key) - mean_loss(b, key) for a, b in zip(one, other, strict=True)])}  # fmt: skip
 
 
 def report(found: Mapping[str, list[dict[str, Any]]], ranks: Mapping[str, tuple[int, int]]) -> str:
     budget = ranks[REFERENCE][1]
+    domains = list(found["base"][0]["loss"])
     rows = []
     for name, records in found.items():
-        means = [statistics.fmean(record["loss"][one] for record in records) for one in DOMAINS]
+        means = [statistics.fmean(record["loss"][one] for record in records) for one in domains]
         rank, count = ranks.get(name, (0, 0))
         job = records[0]["job"]
         rows.append([name, str(rank), f"{count:,} ({count / budget:.3f})", f"{job['rate']:g}", f"{records[0]['tokens']:,}",
@@ -192,13 +214,17 @@ def report(found: Mapping[str, list[dict[str, Any]]], ranks: Mapping[str, tuple[
                      f"{statistics.fmean(r['seconds'] for r in records):.0f}", str(max(r["peak_rss_mb"] for r in records))])  # fmt: skip
     parts = [
         table(
-            ["method", "rank", "learn (of plain LoRA's)", "rate", "tokens", *DOMAINS, "mean", "seconds", "peak MB"],
+            ["method", "rank", "learn (of plain LoRA's)", "rate", "tokens", *domains, "mean", "seconds", "peak MB"],
             rows,
         )
     ]
+    rest = [name for name in found if name not in (REFERENCE, "base")]
     if REFERENCE in found:
-        rest = [name for name in found if name not in (REFERENCE, "base")]
         parts.append(_against(found, REFERENCE, rest))
+    if "accuracy" in found["base"][0]:
+        parts.append(_answers(found, domains))
+        if REFERENCE in found:
+            parts.append(_against(found, REFERENCE, rest, "nats"))
     conflict = [name for name in ("llava-mole", "mixlora") if name in found]
     if TWICE in found and conflict:
         parts.append(_against(found, TWICE, conflict))
@@ -209,12 +235,24 @@ def report(found: Mapping[str, list[dict[str, Any]]], ranks: Mapping[str, tuple[
     return "\n\n".join(parts)
 
 
-def _against(found: Mapping[str, list[dict[str, Any]]], reference: str, names: Sequence[str]) -> str:
-    rows = []
+def _against(found: Mapping[str, list[dict[str, Any]]], reference: str, names: Sequence[str], key: str = "loss") -> str:
+    rows, domains = [], list(found["base"][0]["loss"])
     for name in names:
-        apart = differences(found[name], found[reference])
+        apart = differences(found[name], found[reference], key)
         rows.append([name, *map(str, apart.values()), apart["mean"].claim])
-    return table([f"less the loss of {reference}, ± 95 %", *DOMAINS, "mean", "claim"], rows)
+    return table([f"less the {key} of {reference}, ± 95 %", *domains, "mean", "claim"], rows)
+
+
+def _answers(found: Mapping[str, list[dict[str, Any]]], domains: Sequence[str]) -> str:
+    """Accuracy and nats of the right answer, means over the seeds."""
+    rows = []
+    for name, records in found.items():
+        cells = [statistics.fmean(r[key][one] for r in records) for key in ("accuracy", "nats") for one in domains]
+        means = [statistics.fmean(mean_loss(r, key) for r in records) for key in ("accuracy", "nats")]
+        rows.append([name, *(f"{x:.1%}" for x in cells[: len(domains)]), f"{means[0]:.1%}",
+                     *(f"{x:.3f}" for x in cells[len(domains) :]), f"{means[1]:.3f}"])  # fmt: skip
+    head = [f"{one} {key}" for key in ("right", "nats") for one in (*domains, "mean")]
+    return table(["method", *head], rows)
 
 
 def plot(found: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
@@ -226,7 +264,7 @@ def plot(found: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
 
     names = [name for name in found if name not in (REFERENCE, "base")]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.6 * len(names)), layout="constrained")
-    for at, key in enumerate((*DOMAINS, "mean")):
+    for at, key in enumerate((*found["base"][0]["loss"], "mean")):
         ys = [row + 0.18 * (1.5 - at) for row in range(len(names))]
         apart = [differences(found[name], found[REFERENCE])[key] for name in names]
         axes.errorbar([a.mean for a in apart], ys, xerr=[a.half or 0.0 for a in apart], fmt="s" if key == "mean" else "o",
@@ -252,6 +290,10 @@ def main() -> None:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=list(CONTESTANTS), help=", ".join(CONTESTANTS)
     )
+    parser.add_argument(
+        "--tasks", type=Path, help="folder of public tasks: train and answer these instead of the texts"
+    )
+    parser.add_argument("--questions", type=int, default=100, help="held-out questions, for each task")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "attach-quality")
     parser.add_argument("--fresh", action="store_true", help="forget the runs that are done")
     parser.add_argument("--json", action="store_true", help="print all records as JSON instead of tables")

@@ -4,7 +4,8 @@
     model.generate(ids, attention_mask=mask, mixture_labels=labels_of(model, ["math", None, "law"]))
 
 At every site the experts of all adapters that have some there are one stack, which the kernels see as one mixture; routers of one
-policy are one router. Nothing is computed twice for a batch, and a row gets what it would get from its adapter alone.
+policy are one router. Nothing is computed twice for a batch, and a row gets what it would get from its adapter alone. Only where
+sites of an adapter share a router does each of them ask a copy of it, since others may have routers of their own there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ..checkpoint.adapter_layout import deciders
 from ..checkpoint.base import Checkpoint
 from ..checkpoint.expert_adapter import ExpertAdapter
 from ..errors import BadInput, UsageProblem
@@ -142,10 +144,18 @@ def _held(model: Any, number: int, name: str, adapter: ExpertAdapter) -> Iterato
     found = find_all(model, entries)
     with torch.device("meta"):
         layers = {site.mount: (site, stand_in(model, entry, site)) for entry, site in found}
+    at = {(entry.site, site.layer): site.mount for entry, site in found}
+    followed = {at[key]: at[leader, key[1]] for key, leader in deciders(adapter.entries, adapter.ref).items()}
+    stored = [
+        item for item in own_tensors(model, layers)
+        if not any(item.parameter.startswith(f"{mount}.router.") for mount in followed)
+    ]  # fmt: skip
     values: dict[str, dict[str, Tensor]] = {mount: {} for mount in layers}
-    for item in fitting(own_tensors(model, layers), adapter):
+    for item in fitting(stored, adapter):
         mount = max((m for m in layers if item.parameter.startswith(f"{m}.")), key=len)
         values[mount][item.parameter.removeprefix(f"{mount}.")] = read_own(adapter, item)
+    for mount, leader in followed.items():
+        values[mount] |= {leaf: value for leaf, value in values[leader].items() if leaf.startswith("router.")}
     for entry, site in found:
         yield _Held(number, name, entry, site, layers[site.mount][1], values[site.mount])
 
@@ -155,8 +165,6 @@ def _why_not(entry: MixtureConfig) -> str | None:
     router, options = entry.router, entry.experts.options
     if entry.experts.type not in ("lora", "lora_ffn"):
         return f"experts.type = {entry.experts.type!r}: only lora and lora_ffn stand side by side"
-    if router.input == "shared":
-        return "router.input = 'shared': one router decides for several sites, and here each site joins the routers of all adapters"
     if router.kind == "label" or router.by_label:
         return "its router reads labels, which name the adapters here"
     if not router.causal:
@@ -180,12 +188,18 @@ def _sums_to_one(router: RouterConfig) -> bool:
 
 
 def _policy(router: RouterConfig) -> RouterConfig:
-    """A router's without what matters in training only; that of plain LoRA is to take the expert of the label."""
+    """A router's without what matters in training only, or says where else it decides; that of plain LoRA is to take the expert of
+    the label."""
     if router.kind == "always":
         return RouterConfig(kind="label", select="fixed")
     plain = RouterConfig()
     return dataclasses.replace(
-        router, noise=plain.noise, noise_scale=plain.noise_scale, train_select=None, init_std=plain.init_std
+        router,
+        noise=plain.noise,
+        noise_scale=plain.noise_scale,
+        train_select=None,
+        init_std=plain.init_std,
+        input=plain.input,
     )
 
 

@@ -31,7 +31,9 @@ POLICIES = {
     "by_depth": ("mola", {"rank": 2}),
     "llava": ("llava-mole", {"rank": 2, "alpha": 5.0, "rslora": True}),
     "one_ffn": ("custom", {"sites": "ffn", "experts": "1", "rank": 2}),
-    "shared": ("custom", {"sites": "q,v", "experts": "3", "rank": 2, "share_a": True}),
+    "share_a": ("custom", {"sites": "q,v", "experts": "3", "rank": 2, "share_a": True}),
+    "one_router": ("mola", {"rank": 2, "router_input": "shared"}),
+    "one_for_qv": ("custom", {"sites": "q,v,ffn", "experts": "3", "rank": 2, "router_input": "shared"}),
 }
 
 

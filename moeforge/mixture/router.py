@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeforge_kernels.pairs import Pairs, pairs_from_list, pairs_from_slots
+from moeforge_kernels.routing import OP as ROUTING
 
 from ..errors import BadInput
 from . import select
@@ -55,6 +57,9 @@ class Router(nn.Module):
         """(first, behind the last) expert of each label; one span for all where labels do not matter."""
         self.shares = {k: tuple(select.Share.of(config.capacity_factor, k, stop - start) for start, stop in self.spans)
                        for k in (1, config.top_k)}  # fmt: skip
+        plain = not (config.null_experts or config.by_label or config.groups > 1) and config.capacity_factor is None
+        self.routes = plain and config.score in ("softmax", "sigmoid")
+        """Whether the op `routing` makes the same choice as the config's top-k."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -143,6 +148,12 @@ class Router(nn.Module):
                        gate_scale: select.GateScale) -> Pairs:  # fmt: skip
         config = self.config
         by_logit = config.order == "select_score"
+        if self.routes and policy == "topk" and gate_scale == "prob":
+            how: dict[str, Any] = {"score": config.score, "select_first": by_logit, "renormalise": config.renormalise, "factor": config.factor,
+                                   "bias": self.selection_bias, "real": real}  # fmt: skip
+            backend = ROUTING.choose(None, seen, config.top_k, **how)
+            if backend.name == "cpu":  # a decoding step: one call instead of twenty
+                return backend.function(seen, config.top_k, **how)
         preference = (seen if by_logit else probabilities).detach()
         if self.selection_bias is not None:
             preference = preference + self.selection_bias

@@ -209,6 +209,22 @@ def ask_mixture(adapter: Path, backends: Mapping[str, str], *, training: bool, s
         return ask(model, gradients, training=training, seed=seed)
 
 
+@torch.no_grad()
+def decode(adapter: Path, *, seed: int = 0) -> Tensor:
+    """The logits [T, V] of the first of the sequences of :func:`ask` in moeforge's own model in float32, in use: token after token, with
+    a cache and without gradients, which is what the ops' ways of a decoding step are for."""
+    from ..model.load import load
+
+    model: Any = load(str(adapter), dtype="float32")
+    ids = torch.randint(3, 190, TOKENS, generator=torch.Generator().manual_seed(seed))[:1]
+    found, cache = [], None
+    for token in ids.split(1, 1):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits[0, 0])
+    return torch.stack(found)
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ..dispatch import Backend, Op, always
 from ..pairs import Pairs
+from .cpu import PAIRS
+from .cpu import why_not as _cpu_lacks
 
 RANKS = 256
 """E r up to which all ranks are computed for every token: the product with x then takes no longer than reading x (spec: the intensity of
@@ -31,6 +33,7 @@ OP = Op(
     Backend("concat", "lora_experts.library:concat", always),
     Backend("grouped", "lora_experts.library:grouped", always),
     Backend("few", "lora_experts.library:few", always),
+    Backend("cpu", "lora_experts.cpu:lora_experts", _cpu_lacks),
     Backend("reference", "lora_experts.reference:lora_experts", always),
 )
 SHRINK = Op(
@@ -58,12 +61,16 @@ def lora_experts(
         lora_a: [E, r, D], or [1, r, D]: one for all experts.
         lora_b: [E, D', r].
         scale: [E] float32, without gradient.
-        backend: `concat`, `grouped`, `few` or `reference`; default: what :func:`plan` says.
+        backend: `concat`, `grouped`, `few`, `cpu` (which has no way back) or `reference`; default: `cpu` for the few pairs of a
+            decoding step, where it can, else what :func:`plan` says.
 
     Returns:
         [T, D'] in x's dtype. Differentiable in x, lora_a, lora_b and the pairs' weights.
     """
-    default = "few" if are_few(pairs) else plan(len(x), pairs.experts, lora_a.shape[1])
+    if len(pairs.token) <= PAIRS and _cpu_lacks(x, pairs, lora_a, lora_b, scale) is None:
+        default = "cpu"
+    else:
+        default = "few" if are_few(pairs) else plan(len(x), pairs.experts, lora_a.shape[1])
     return OP.run(backend, x, pairs, lora_a, lora_b, scale, default=default)
 
 

@@ -33,7 +33,8 @@ def why_not(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Te
                 return f"it reads float32 or bfloat16, {' and '.join(given)} alike; {name} is {tensor.dtype}, {first} {like.dtype}"
     if (reason := unlike_ranks(low_gate, low_up, a_down)) is not None:
         return reason
-    return library.lacks(any(t is not None and t.dtype == torch.bfloat16 for t in (*bases.values(), *weights.values())))
+    narrow = any(t is not None and t.dtype == torch.bfloat16 for t in (*bases.values(), *weights.values()))
+    return library.lacks(narrow, tiles=False)
 
 
 def unlike_ranks(low_gate: Tensor | None, low_up: Tensor | None, a_down: Tensor | None) -> str | None:
@@ -51,7 +52,9 @@ def lora_ffn(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: T
     share = frozen_share(pairs, pairs.weight) if rest else None
     if low_up is not None and low_up is low_gate:
         low_up = low_up.view_as(low_up)  # a matrix of gate and up has one: torch.compile takes no tensor twice
-    mixed, low_down = _LoraFFN.apply(gate, up, low_gate, low_up, pairs.weight, b_gate, b_up, a_down, scale, share, pairs.token,
+    # without gradients torch.compile cannot trace a function that has a way back
+    run: Any = _LoraFFN.apply if torch.is_grad_enabled() else _LoraFFN.forward
+    mixed, low_down = run(gate, up, low_gate, low_up, pairs.weight, b_gate, b_up, a_down, scale, share, pairs.token,
                                      pairs.offsets, canonical(activation))  # fmt: skip
     return mixed, None if a_down is None else low_down
 
@@ -78,20 +81,14 @@ class _LoraFFN(torch.autograd.Function):
         return *(tensor if want else None for tensor, want in zip(made, wanted, strict=True)), *[None] * 5
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Rows (and experts) may lie apart, their elements may not."""
-    tensor = tensor.detach()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def _narrow(tensor: Tensor | None) -> Tensor | None:
     """[P, r] as the kernels read it."""
     return None if tensor is None else tensor.detach().float().contiguous()
 
 
-def _arguments(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Tensor | None, weight: Tensor, b_gate: Tensor | None,
-               b_up: Tensor | None, a_down: Tensor | None, scale: Tensor, share: Tensor | None, token: Tensor, offsets: Tensor,
-               activation: str) -> tuple[library.LoraCall, list[Tensor | None]]:  # fmt: skip
+def arguments(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Tensor | None, weight: Tensor, b_gate: Tensor | None,
+              b_up: Tensor | None, a_down: Tensor | None, scale: Tensor, share: Tensor | None, token: Tensor, offsets: Tensor,
+              activation: str) -> tuple[library.LoraCall, list[Tensor | None]]:  # fmt: skip
     """The call, and what must live until it has ended."""
     weights = [tensor for tensor in (b_gate, b_up, a_down) if tensor is not None]
     call = library.LoraCall(
@@ -111,15 +108,15 @@ def _arguments(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up:
     for half, base, low, b in ((call.gate, gate, low_gate, b_gate), (call.up, up, low_up, b_up)):
         if base is None:
             continue
-        base = _rows(base)
+        base = library.rows(base)
         half.base, half.base_row = base.data_ptr(), base.stride(0)
         held.append(base)
         if low is not None and b is not None:
-            low, b = _narrow(low), _rows(b)
+            low, b = _narrow(low), library.rows(b)
             half.low, half.b, half.b_expert, half.b_row = library.pointer(low), b.data_ptr(), b.stride(0), b.stride(1)
             held += [low, b]
     if a_down is not None:
-        a_down = _rows(a_down)
+        a_down = library.rows(a_down)
         call.a_down, call.a_expert, call.a_row = a_down.data_ptr(), a_down.stride(0), a_down.stride(1)
         held.append(a_down)
     return call, held
@@ -138,7 +135,7 @@ def _forward_shapes(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, lo
 def _forward(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: Tensor | None, weight: Tensor, b_gate: Tensor | None,
              b_up: Tensor | None, a_down: Tensor | None, scale: Tensor, share: Tensor | None, token: Tensor, offsets: Tensor,
              activation: str) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call, held = _arguments(
+    call, held = arguments(
         gate, up, low_gate, low_up, weight, b_gate, b_up, a_down, scale, share, token, offsets, activation
     )
     mixed = pages.empty(tuple(up.shape), up.dtype)
@@ -163,10 +160,10 @@ def _backward(grad: Tensor, grad_low: Tensor | None, gate: Tensor | None, up: Te
               token: Tensor, offsets: Tensor, activation: str, wanted: list[bool]) -> list[Tensor]:  # fmt: skip
     # what the map behind got reached nobody: nothing comes back through it
     behind = None if grad_low is None else a_down
-    call, held = _arguments(
+    call, held = arguments(
         gate, up, low_gate, low_up, weight, b_gate, b_up, behind, scale, share, token, offsets, activation
     )
-    rows, low_rows = _rows(grad), _narrow(grad_low)
+    rows, low_rows = library.rows(grad), _narrow(grad_low)
     call.grad, call.grad_row, call.grad_low_down = rows.data_ptr(), rows.stride(0), library.pointer(low_rows)
     given = (gate, up, low_gate, low_up, weight, b_gate, b_up, a_down)
     made = []

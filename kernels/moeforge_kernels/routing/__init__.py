@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..dispatch import Backend, Op, always, triton_is_usable
 from ..pairs import Pairs
+from .cpu import why_not as _cpu_lacks
 
 
 def _triton_lacks(logits: Tensor, top_k: int, *, bias: Tensor | None, **_: object) -> str | None:
@@ -25,6 +26,7 @@ def _triton_lacks(logits: Tensor, top_k: int, *, bias: Tensor | None, **_: objec
 OP = Op(
     "routing",
     Backend("triton", "routing.triton:route", _triton_lacks),
+    Backend("cpu", "routing.cpu:route", _cpu_lacks),
     Backend("reference", "routing.reference:route", always),
 )
 

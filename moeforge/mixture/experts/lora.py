@@ -22,7 +22,7 @@ from ...errors import BadInput
 from ..config import ExpertsConfig
 from ..low_rank import LowRank
 from .base import Experts, Place, Stored
-from .low_rank import row_norms, start, weight_of
+from .low_rank import Scales, row_norms, start, weight_of
 
 
 class LoraExperts(Experts):
@@ -46,6 +46,7 @@ class LoraExperts(Experts):
         self.lora_B = nn.Parameter(torch.empty(*axis, out_width, rank))
         self.magnitude = nn.Parameter(torch.empty(*axis, out_width)) if options.dora else None
         self.scales = options.scale_of(count)
+        self._scales = Scales(self.scales)
         self.base: nn.Module = nn.Identity()
         if options.frozen:
             self.requires_grad_(False)
@@ -84,9 +85,7 @@ class LoraExperts(Experts):
         return self.lora_B if self.lora_B.ndim == 3 else self.lora_B.unsqueeze(0)
 
     def _scale(self) -> Tensor:
-        return torch.tensor(
-            self.scales, dtype=torch.promote_types(self.lora_B.dtype, torch.float32), device=self.lora_B.device
-        )
+        return self._scales.beside(self.lora_B)
 
     def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
         base = self.base(x)

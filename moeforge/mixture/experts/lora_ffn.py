@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from moeforge_kernels.activations import activation as find
 from moeforge_kernels.combine import combine
 from moeforge_kernels.grouped_gemm import grouped_gemm
-from moeforge_kernels.lora_experts import lora_expand, lora_shrink
-from moeforge_kernels.lora_ffn import lora_ffn
+from moeforge_kernels.lora_network import lora_network
 from moeforge_kernels.pairs import Pairs
 
 from ...errors import BadInput
@@ -36,7 +35,7 @@ from ..config import ExpertsConfig
 from ..low_rank import LowRank
 from .base import Experts, Place, Stored
 from .feed_forward import FeedForward
-from .low_rank import row_norms, start, weight_of
+from .low_rank import Scales, row_norms, start, weight_of
 
 
 class LoraFFNExperts(Experts):
@@ -68,6 +67,7 @@ class LoraFFNExperts(Experts):
         self.names = {role: names[role] for role in roles}
         self.targets = tuple(role for role in roles if role in options.targets)
         self.scales = options.scale_of(count)
+        self._scales = Scales(self.scales)
         sizes = {role: (width, ffn_width) for role in ("gate", "up")}
         sizes |= {"gate_up": (width, 2 * ffn_width), "down": (ffn_width, width)}
         for role in self.targets:
@@ -110,8 +110,7 @@ class LoraFFNExperts(Experts):
         return getattr(self, f"{role}_lora_B", None)
 
     def _scale(self) -> Tensor:
-        own = next(self.parameters(recurse=False))
-        return torch.tensor(self.scales, dtype=torch.promote_types(own.dtype, torch.float32), device=own.device)
+        return self._scales.beside(next(self.parameters(recurse=False)))
 
     def _norms(self, role: str) -> Tensor:
         a, b = self._a(role), self._b(role)
@@ -128,23 +127,17 @@ class LoraFFNExperts(Experts):
         low = low.to(next(self.parameters(recurse=False)).dtype)
         if "gate_up" in base.paths:
             gate, up = base.project("gate_up", x).chunk(2, -1)
-            a, b = self._a("gate_up"), self._b("gate_up")
-            low_gate = low_up = None if a is None else lora_shrink(low, pairs, a)
-            b_gate, b_up = (None, None) if b is None else (b[:, : self.ffn_width], b[:, self.ffn_width :])
+            a_gate, b_both = self._a("gate_up"), self._b("gate_up")
+            a_up = a_gate
+            b_gate, b_up = (None, None) if b_both is None else b_both.split(self.ffn_width, 1)
         else:
             gate = base.project("gate", x) if "gate" in base.paths else None
             up = base.project("up", x)
             a_gate, a_up, b_gate, b_up = self._a("gate"), self._a("up"), self._b("gate"), self._b("up")
-            low_gate = None if a_gate is None else lora_shrink(low, pairs, a_gate)
-            low_up = None if a_up is None else lora_shrink(low, pairs, a_up)
-        scale = self._scale()
-        mixed, low_down = lora_ffn(gate, up, low_gate, low_up, pairs, b_gate, b_up, self._a("down"), scale,
-                                   activation=base.activation, rest=options.base_weight == "one")  # fmt: skip
+        mixed, delta = lora_network(low, gate, up, pairs, a_gate, a_up, b_gate, b_up, self._a("down"), self._b("down"), self._scale(),
+                                    activation=base.activation, rest=options.base_weight == "one")  # fmt: skip
         out = self._down(mixed, pairs)
-        b_down = self._b("down")
-        if b_down is None or low_down is None:
-            return out
-        return out + lora_expand(low_down, pairs, b_down, scale).to(out.dtype)
+        return out if delta is None else out + delta.to(out.dtype)
 
     def _down(self, mixed: Tensor, pairs: Pairs) -> Tensor:
         """W mixed, and the bias as often as the weights say."""

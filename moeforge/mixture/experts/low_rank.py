@@ -22,6 +22,28 @@ def start(parameters: Mapping[str, nn.Parameter]) -> None:
             nn.init.zeros_(parameter)
 
 
+class Scales:
+    """s of each expert as a tensor, made once a type and device: a decoding step asks for it at every map.
+
+    Args:
+        values: s of each expert.
+    """
+
+    def __init__(self, values: tuple[float, ...]) -> None:
+        self.values = values
+        self._latest: Tensor | None = None
+
+    def beside(self, parameter: Tensor) -> Tensor:
+        """[E] float32 (float64 beside float64), where the parameter lies."""
+        dtype, kept = torch.promote_types(parameter.dtype, torch.float32), self._latest
+        if torch.compiler.is_compiling() or type(parameter) not in (Tensor, nn.Parameter):
+            return torch.tensor(self.values, dtype=dtype, device=parameter.device)
+        if kept is None or kept.dtype != dtype or kept.device != parameter.device:
+            with torch.inference_mode(False):  # a tensor made inside could not take part in training later
+                self._latest = kept = torch.tensor(self.values, dtype=dtype, device=parameter.device)
+        return kept
+
+
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """||W + s_e B_e A_e|| of every row, [E, D'], without making that matrix: ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>.
 

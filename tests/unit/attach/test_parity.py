@@ -4,7 +4,9 @@ import pytest
 
 from moeforge.testing.adapters import save_adapter
 from moeforge.testing.models import save_tiny, tiny_dense
-from moeforge.testing.whole_experts import BACKENDS, ask_mixture, ask_whole, layers_of, pinned, presets, worst
+from moeforge.testing.whole_experts import BACKENDS, ask_mixture, ask_whole, decode, layers_of, pinned, presets, worst
+from moeforge_kernels import lora_experts, lora_network, routing
+from moeforge_kernels.cpu import library
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "gpt2")
 PRESETS = ("mixlora", "mola", "llava-mole", "lora-mixer")
@@ -43,6 +45,23 @@ def test_logits_and_all_gradients(preset, family, adapter):
         assert found.gradients.keys() == wanted.gradients.keys()
         tensor, error = worst(wanted.errors(found))
         assert error <= TOLERANCE, f"{name}: {tensor}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_token_after_token(preset, family, adapter, monkeypatch):
+    """Without gradients, a few pairs at a time: on the compiled ops of a decoding step where they run."""
+    path, asked = adapter(family, preset), []
+    for op in (lora_experts.OP, lora_network.OP, routing.OP):
+        plain = op.backends["cpu"].function
+        monkeypatch.setitem(op.backends["cpu"].__dict__, "function",
+                            lambda *args, plain=plain, op=op, **how: asked.append(op.name) or plain(*args, **how))  # fmt: skip
+    found = decode(path).double()
+    wanted = ask_whole(path, training=False).logits[: len(found)]
+    assert float((found - wanted).norm()) <= TOLERANCE * float(wanted.norm())
+    ffn = preset in ("mixlora", "llava-mole")
+    used = {"lora_experts", *(["lora_network"] if ffn else []), *(["routing"] if preset != "llava-mole" else [])}
+    assert set(asked) == (used if library.lacks(False) is None else set())
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -10,6 +10,12 @@
 
 namespace moeforge {
 
+// What passes need that only load and store elements, and compute in float32 whatever these are.
+template <class Element>
+struct Of {
+    using T = Element;
+};
+
 struct Float32 {
     using T = float;
     static constexpr int panels = 3;        // at a time

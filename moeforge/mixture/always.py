@@ -32,9 +32,10 @@ class Always(nn.Module):
             return self._routing(x)
         # always the same one, and a decoding step asks for it at every map
         key = (len(x), x.dtype, x.device, torch.is_inference_mode_enabled())
-        if self._latest is None or self._latest[0] != key:
-            self._latest = (key, self._routing(x))
-        return self._latest[1]
+        latest = self._latest  # read once: another thread may put its own there
+        if latest is None or latest[0] != key:
+            self._latest = latest = (key, self._routing(x))
+        return latest[1]
 
     def _routing(self, x: Tensor) -> Routing:
         tokens = torch.arange(len(x), device=x.device)

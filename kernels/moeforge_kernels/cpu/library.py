@@ -147,8 +147,8 @@ def lacks_way_there(weight: Tensor | None = None, **tensors: Tensor | None) -> s
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device.type}"
+        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{name} is {'' if type(tensor) is Tensor else f'a {type(tensor).__name__} '}on {tensor.device.type}"
         like = like or tensor.dtype
         if tensor.dtype not in DTYPES or tensor.dtype != like:
             return f"it reads float32 or bfloat16, all alike; {name} is {tensor.dtype}, the first {like}"

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from moeforge_kernels import lora_experts, lora_network, routing
 from moeforge_kernels.activations import FUNCTIONS
@@ -208,6 +209,10 @@ def test_when_it_is_chosen():
         lora_network.lora_network(*asked, **how, backend="cpu")
     with torch.no_grad():
         assert lora_network.OP.choose(None, *asked, **how).name == "cpu"
+    with FakeTensorMode() as fake, torch.no_grad():
+        unreal = [fake.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in given]
+        with pytest.raises(ValueError, match="x is a FakeTensor on cpu"):
+            lora_network.lora_network(*unreal, **how, backend="cpu")
     mixed = [*given[:4], given[4].bfloat16(), *given[5:]]
     assert lora_network.OP.choose(None, *mixed, **how).name == "reference"
     many = network((PAIRS // 2 + 1, 4, 2, 4, 8, 8))

@@ -6,13 +6,15 @@
 Rows: ours; PEFT's plain LoRA on gate, up and down at rank r and at k r; the loop over experts of MixLoRA's package (its forward written
 down here again: shared gate and up products, one `torch.where` an expert, the down product for each pair, sums in float32); naive experts
 (a whole LoRA FFN for each expert on its tokens). Weights are random, routing is a router's own on random inputs. Times are medians over
-rounds in which all rows take turns in one process; peak memory is what one forward and backward adds, each row in a process of its own.
-The floor is what the frozen products alone take, measured in the same rounds.
+rounds in which all rows take turns in one process, around the same frozen weights; peak memory is what one forward and backward adds, each
+row in a process of its own. Before a call for few tokens other memory is read, so that weights come from there as they do in a model of
+many layers. The floor is what the frozen products alone take, measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import resource
@@ -34,6 +36,8 @@ from moeforge.mixture.router import Router
 
 SHAPES = {"smollm2": (576, 1536), "qwen3-0.6b": (1024, 3072), "llama-8b": (4096, 14336)}
 E, K, R, ALPHA = 8, 2, 16, 32
+FEW = 16
+"""Tokens up to which weights are to come from memory."""
 ROWS = ("ours", "peft r", "peft k r", "mixlora loop", "naive", "frozen alone")
 
 
@@ -60,6 +64,12 @@ class Dense(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def twin(self) -> Dense:
+        """Another module around the same linear maps: two copies may differ by several per cent in where they lie in memory."""
+        made = copy.copy(self)
+        made._modules = dict(self._modules)
+        return made
 
 
 class Loop(nn.Module):
@@ -108,9 +118,15 @@ class Loop(nn.Module):
         return out.to(x.dtype).view(shape)
 
 
-def make(row: str, width: int, ffn: int, dtype: torch.dtype, routing: str = "even") -> nn.Module:
+def frozen(width: int, ffn: int, dtype: torch.dtype) -> Dense:
     torch.manual_seed(0)
-    dense = Dense(width, ffn).to(dtype).requires_grad_(False)
+    return Dense(width, ffn).to(dtype).requires_grad_(False)
+
+
+def make(row: str, dense: Dense, routing: str = "even") -> nn.Module:
+    torch.manual_seed(1)
+    width, ffn, dtype = dense.gate_proj.in_features, dense.gate_proj.out_features, dense.gate_proj.weight.dtype
+    dense = dense.twin()
     if row == "frozen alone":
         return dense
     if row.startswith("peft"):
@@ -138,7 +154,13 @@ def make(row: str, width: int, ffn: int, dtype: torch.dtype, routing: str = "eve
     return MixtureLayer(router, experts)
 
 
+COLD = torch.ones(1 << 26)
+"""256 MB: more than caches hold."""
+
+
 def step(module: nn.Module, x, upstream, backward: bool) -> float:
+    if len(x) <= FEW:
+        COLD.sum()
     started = time.perf_counter()
     if backward:
         module(x).backward(upstream)
@@ -156,7 +178,7 @@ def inputs(width: int, tokens: int, dtype: torch.dtype):
 
 def peak(row: str, width: int, ffn: int, tokens: int, dtype: str, routing: str) -> int:
     """Bytes that forward and backward add to the process."""
-    module = make(row, width, ffn, getattr(torch, dtype), routing)
+    module = make(row, frozen(width, ffn, getattr(torch, dtype)), routing)
     x, up = inputs(width, 8, getattr(torch, dtype))
     step(module, x, up, True)
     x, up = inputs(width, tokens, getattr(torch, dtype))
@@ -200,7 +222,8 @@ def main() -> None:
     for shape in args.shapes.split(","):
         width, ffn = SHAPES[shape]
         for dtype in args.dtype.split(","):
-            modules = {row: make(row, width, ffn, getattr(torch, dtype), args.routing) for row in rows}
+            dense = frozen(width, ffn, getattr(torch, dtype))
+            modules = {row: make(row, dense, args.routing) for row in rows}
             for tokens in map(int, args.tokens.split(",")):
                 x, up = inputs(width, tokens, getattr(torch, dtype))
                 load = modules["ours"].router(x.detach()).pairs.counts() / tokens

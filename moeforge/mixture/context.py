@@ -8,7 +8,7 @@ forward of gradient checkpointing, which runs inside backward, reads the same ma
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,7 @@ class MixtureContext:
         seen: layer name -> what its router said in the latest recorded forward pass.
         given: the mask that `record` was told, which stands in for the model's own.
         force: what stands in for the routers' own choice (:meth:`forcing`).
+        decided: what follows from `labels` and `real` alone, by whoever asked first in this forward pass.
     """
 
     real: Tensor | None = None
@@ -38,12 +39,14 @@ class MixtureContext:
     recording: bool = False
     given: Tensor | None = None
     force: Force | None = None
+    decided: dict[Hashable, Routing] = field(default_factory=dict)
 
     def begin(self, real: Tensor | None = None, labels: Tensor | None = None) -> None:
         """A forward pass starts: [B, T] or [T] masks and labels of its tokens."""
         real = real if self.given is None else self.given
         self.real = None if real is None else real.reshape(-1).bool()
         self.labels = None if labels is None else labels.reshape(-1)
+        self.decided = {}
 
     def of(self, tokens: int) -> tuple[Tensor | None, Tensor | None]:
         """(real, labels) of a call with that many tokens: the mask of a whole prompt does not describe the one token of a decoding

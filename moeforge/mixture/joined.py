@@ -6,6 +6,7 @@ owns goes to no expert: experts that stand beside a frozen base then leave it wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,7 +20,7 @@ from moeforge_kernels.pairs import Pairs, pairs_from_slots
 
 from ..errors import BadInput
 from .config import RouterConfig
-from .context import Force
+from .context import Force, MixtureContext
 from .router import Router
 from .routing import Routing
 
@@ -68,6 +69,10 @@ class Joined(nn.Module):
         config: of kind `joined`.
         width, experts: D, E.
 
+    Attributes:
+        context: of the model; where all adapters have one expert each here, what is decided is decided once a forward pass for all sites
+            of which that is true. None: nobody shares.
+
     Raises:
         BadInput: parts that do not have E experts, or a policy without meaning.
     """
@@ -80,6 +85,9 @@ class Joined(nn.Module):
                 f"router: options.parts have {sum(part.experts for part in found)} experts, the mixture {experts}"
             )
         self.experts = experts
+        self.context: MixtureContext | None = None
+        self._by_label_alone = all(part.router.select == "fixed" for part in found)
+        self._key = json.dumps(joined_config(found).as_json(), sort_keys=True)
         self.shifts = (0, *accumulate(part.experts for part in found))[:-1]
         self.parts = nn.ModuleList()
         numbers = 1 + max(owner for part in found for owner in part.owners)
@@ -115,6 +123,15 @@ class Joined(nn.Module):
             raise BadInput(
                 f"router: a forced route, {force!r}, among the experts of several adapters; load the adapter by itself"
             )
+        context = self.context
+        if context is None or not self._by_label_alone or labels is not context.labels or real is not context.real:
+            return self._decide(x, real, labels)
+        key = (self._key, x.dtype, x.device)
+        if key not in context.decided:
+            context.decided[key] = self._decide(x, real, labels)
+        return context.decided[key]
+
+    def _decide(self, x: Tensor, real: Tensor | None, labels: Tensor) -> Routing:
         column = (labels.long() + 1).clamp(0, self.table.shape[1] - 1)
         lists: list[Pairs] = []
         for own, part in zip(self.table, self.parts, strict=True):

@@ -94,6 +94,8 @@ def install(model: Any, found: Sequence[tuple[MixtureConfig, Site]], *, copy: bo
         layer.to(device=stood.weight.device, dtype=dtype).train(model.training)
         layer.experts.adopt(stood.linear_maps(), site.activation)
         layer.context = contexts.setdefault(site.tower, MixtureContext())
+        if isinstance(layer.router, Joined):
+            layer.router.context = layer.context
         for path in site.silenced:
             _replace(model, path, nn.Identity())
         _replace(model, site.mount, layer)

@@ -158,6 +158,23 @@ def test_routers_of_one_policy_are_one_router(bases, make):
     assert plain and all(layer.router.parts[0].config.select == "fixed" for layer in plain)
 
 
+def test_plain_adapters_decide_once_a_pass_for_all_sites_that_are_alike(bases, make, monkeypatch):
+    refs = {
+        "one": make(bases["llama"], "one-of-two", "custom", sites="q,v", experts="1", rank=3),
+        "two": make(bases["llama"], "two-of-two", "custom", sites="q,down", experts="1", rank=2),
+    }
+    model = check_rows(bases["llama"], refs)
+    decided = []
+    plain = Joined._decide
+    monkeypatch.setattr(Joined, "_decide", lambda self, *given: decided.append(self) or plain(self, *given))
+    ids, mask = batch(3)
+    layers = len({site.layer for site, _ in model.mixtures.values()})
+    assert layers > 1 and len(model.mixtures) == 3 * layers
+    for turn, names in enumerate((["one", "two", None], ["two", "two", "one"]), 1):
+        model(input_ids=ids, attention_mask=mask, mixture_labels=labels_of(model, names))
+        assert len(decided) == 3 * turn  # q has both adapters, v and down one each
+
+
 def test_decoding_with_a_cache_is_decoding_without_and_a_static_one_too(bases, make):
     refs = {name: make(bases["llama"], f"cache-{name}", method, **o) for name, (method, o) in PUBLISHED.items()}
     model = joined(bases["llama"], refs)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 ENVIRONMENT = "MOEFORGE_KERNELS"
 """Names one backend for every op, as `backend=` does for one call."""
@@ -33,6 +34,17 @@ def using(backend: str) -> Iterator[None]:
         yield
     finally:
         _wished = before
+
+
+def wished() -> str | None:
+    """The back end that :func:`using` or the environment names for every op, or None."""
+    return _wished or os.environ.get(ENVIRONMENT)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: tensors are then wrappers without memory, or carry tangents."""
+    stack = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return stack is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Op:
         Raises:
             ValueError: `asked` (or :func:`using`, or the environment's wish) is unknown or cannot take them.
         """
-        wish = asked or _wished or os.environ.get(ENVIRONMENT) or default
+        wish = asked or wished() or default
         if wish is not None:
             if wish not in self.backends:
                 raise ValueError(f"{self.name}: no backend {wish!r}; there are {', '.join(self.backends)}")

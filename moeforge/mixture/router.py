@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeforge_kernels.dispatch import wished
 from moeforge_kernels.pairs import Pairs, pairs_from_list, pairs_from_slots
 from moeforge_kernels.routing import OP as ROUTING
 
@@ -149,11 +150,9 @@ class Router(nn.Module):
         config = self.config
         by_logit = config.order == "select_score"
         if self.routes and policy == "topk" and gate_scale == "prob":
-            how: dict[str, Any] = {"score": config.score, "select_first": by_logit, "renormalise": config.renormalise, "factor": config.factor,
-                                   "bias": self.selection_bias, "real": real}  # fmt: skip
-            backend = ROUTING.choose(None, seen, config.top_k, **how)
-            if backend.name == "cpu":  # a decoding step: one call instead of twenty
-                return backend.function(seen, config.top_k, **how)
+            at_once = self._at_once(seen, by_logit, real)
+            if at_once is not None:
+                return at_once
         preference = (seen if by_logit else probabilities).detach()
         if self.selection_bias is not None:
             preference = preference + self.selection_bias
@@ -181,6 +180,19 @@ class Router(nn.Module):
         # null experts answer nothing: their pairs are left out, what they weigh is gone
         index = index.masked_fill(~chosen, self.experts).clamp_max(self.experts)
         return pairs_from_slots(index, weight, self.experts)
+
+    def _at_once(self, seen: Tensor, by_logit: bool, real: Tensor | None) -> Pairs | None:
+        """The config's top-k as one compiled call instead of twenty, for the few tokens of a decoding step; None where that cannot run,
+        is not wished for, or would choose otherwise: among what is no number or may not be chosen."""
+        config, backend = self.config, ROUTING.backends["cpu"]
+        how: dict[str, Any] = {"score": config.score, "select_first": by_logit, "renormalise": config.renormalise, "factor": config.factor,
+                               "bias": self.selection_bias, "real": real}  # fmt: skip
+        if wished() is not None or backend.why_not(seen, config.top_k, **how) is not None:
+            return None
+        known = [seen] if self.selection_bias is None else [seen, self.selection_bias]
+        if not all(bool(values.isfinite().all()) for values in known):
+            return None
+        return backend.function(seen, config.top_k, **how)
 
     def _experts_choose(self, probabilities: Tensor, real: Tensor | None, allowed: Tensor | None) -> Pairs:
         config = self.config

@@ -71,7 +71,7 @@ def limit_to_groups(preference: Tensor, groups: int, top_groups: int) -> Tensor:
 def top_k(preference: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best; fewer where fewer may be chosen."""
     values, index = best(preference, k)
-    return index, values > NEVER
+    return index, values != NEVER  # what is no number is chosen, so that it is seen
 
 
 def top_p(preference: Tensor, probabilities: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def top_p(preference: Tensor, probabilities: Tensor, p: float) -> tuple[Tensor, 
     values, index = best(preference, preference.shape[-1])
     before = F.pad(probabilities.gather(-1, index).cumsum(-1)[..., :-1], (1, 0))
     within = before <= p if p < 1 else torch.ones_like(before, dtype=torch.bool)
-    return index, within & (values > NEVER)
+    return index, within & (values != NEVER)
 
 
 def above(preference: Tensor, threshold: float | Tensor, *, fallback: bool) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def above(preference: Tensor, threshold: float | Tensor, *, fallback: bool) -> t
 
 def everyone(preference: Tensor) -> tuple[Tensor, Tensor]:
     """All that may be chosen."""
-    return _every_index(preference), preference > NEVER
+    return _every_index(preference), preference != NEVER
 
 
 def _every_index(preference: Tensor) -> Tensor:

@@ -236,6 +236,7 @@ BACKENDS: dict[str, dict[str, str]] = {
         "lora_shrink": "reference",
         "lora_expand": "reference",
         "lora_ffn": "reference",
+        "lora_network": "reference",
     },
     "concat, blocked": {
         "lora_experts": "concat",
@@ -253,9 +254,11 @@ BACKENDS: dict[str, dict[str, str]] = {
 @contextlib.contextmanager
 def pinned(backends: Mapping[str, str]) -> Iterator[None]:
     """Within the block ops run on these back ends, each by its name; :func:`moeforge_kernels.dispatch.using` is one name for all."""
-    from moeforge_kernels import lora_experts, lora_ffn
+    from moeforge_kernels import lora_experts, lora_ffn, lora_network
 
-    ops = {op.name: op for op in (lora_experts.OP, lora_experts.SHRINK, lora_experts.EXPAND, lora_ffn.OP)}
+    ops = {
+        op.name: op for op in (lora_experts.OP, lora_experts.SHRINK, lora_experts.EXPAND, lora_ffn.OP, lora_network.OP)
+    }
     with contextlib.ExitStack() as stack:
         for name, backend in backends.items():
             op = ops[name]

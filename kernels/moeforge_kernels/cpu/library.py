@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..dispatch import transformed
 from . import build
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "identity")
@@ -114,7 +115,7 @@ def functions() -> ctypes.CDLL:
     for name, call in ENTRIES.items():
         entry = getattr(loaded, f"moeforge_{name}")
         entry.argtypes, entry.restype = (ctypes.POINTER(call), _INTEGER), _INTEGER
-    sizes = {"call": Call, "lora_call": LoraCall, "lora_network": LoraNetwork, "route": Route}
+    sizes = {"call": Call, "lora_call": LoraCall, "lora_few": LoraFew, "lora_network": LoraNetwork, "route": Route}
     facts = (*(f"{name}_bytes" for name in sizes), "has_bf16_vectors", "has_bf16_tiles")
     for fact in facts:
         getattr(loaded, f"moeforge_{fact}").restype = _INTEGER
@@ -142,6 +143,10 @@ def lacks_way_there(weight: Tensor | None = None, **tensors: Tensor | None) -> s
     Args:
         weight: of the pairs; its type does not matter.
     """
+    if torch.compiler.is_compiling():
+        return "torch.compile sees nothing of it"
+    if transformed():
+        return "torch.func and forward-mode differentiation see nothing of it"
     like: torch.dtype | None = None
     asked: list[str] = []
     for name, tensor in tensors.items():
@@ -156,8 +161,8 @@ def lacks_way_there(weight: Tensor | None = None, **tensors: Tensor | None) -> s
             asked.append(name)
     if torch.is_grad_enabled() and (asked or (weight is not None and weight.requires_grad)):
         return f"it has no way back, and {', '.join(asked) or 'weight'} asked for a gradient"
-    if torch.compiler.is_compiling():
-        return "torch.compile sees nothing of it"
+    if weight is not None and (weight.device.type != "cpu" or type(weight) not in (Tensor, torch.nn.Parameter)):
+        return f"weight is a {type(weight).__name__} on {weight.device.type}"
     return lacks(like == torch.bfloat16, tiles=False)
 
 
@@ -190,6 +195,11 @@ def rows(tensor: Tensor) -> Tensor:
     """The same numbers as the kernels read them: rows (and experts) may lie apart, their elements may not."""
     tensor = tensor.detach()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """For a kernel to write to, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def pointer(tensor: Tensor | None) -> int | None:

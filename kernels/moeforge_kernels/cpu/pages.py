@@ -92,7 +92,7 @@ def gradient(like: Tensor, idle: list[int]) -> Tensor:
 def _lend(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap.mmap | None, bool]:
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or not SHELF.limit:
-        return torch.empty(shape, dtype=dtype), None, False
+        return torch.empty(shape, dtype=dtype, device="cpu"), None, False
     memory, used = SHELF.take(size)
     lent = (ctypes.c_char * len(memory)).from_buffer(memory)
     # runs when the last tensor on this memory is gone

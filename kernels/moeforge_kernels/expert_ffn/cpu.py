@@ -104,7 +104,7 @@ def _kept_shape(up: Tensor, token: Tensor, keep: bool) -> tuple[int, int, int]:
 def _forward(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
              token: Tensor, offsets: Tensor, activation: str, gated: bool, keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     call, held = _arguments(x, weight, up, down, up_bias, down_bias, token, offsets, activation, gated)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = library.empty(*x.shape, dtype=x.dtype)
     before = pages.empty(_kept_shape(up, token, keep), x.dtype)
     pairs = pages.empty((len(token), down.shape[1]), x.dtype)
     call.hidden = before.data_ptr() if keep else None
@@ -123,8 +123,8 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, up: Tensor, down: Tensor,
     call, held = _arguments(x, weight, up, down, up_bias, down_bias, token, offsets, activation, gated)
     rows = _rows(grad)
     call.grad, call.grad_row, call.hidden = rows.data_ptr(), rows.stride(0), before.data_ptr()
-    made = [torch.empty(x.shape, dtype=x.dtype) if wanted[0] else x.new_empty(0)]
-    gates = torch.zeros(weight.shape, dtype=torch.float32)
+    made = [library.empty(*x.shape, dtype=x.dtype) if wanted[0] else x.new_empty(0)]
+    gates = library.empty(*weight.shape).zero_()
     idle = (torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0).nonzero().flatten().tolist()
     for tensor, want in zip((up, down, up_bias, down_bias), wanted[2:], strict=True):
         made.append(pages.gradient(tensor, idle) if tensor is not None and want else x.new_empty(0))

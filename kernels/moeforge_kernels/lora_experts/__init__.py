@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..dispatch import Backend, Op, always
@@ -67,7 +68,11 @@ def lora_experts(
     Returns:
         [T, D'] in x's dtype. Differentiable in x, lora_a, lora_b and the pairs' weights.
     """
-    if len(pairs.token) <= PAIRS and _cpu_lacks(x, pairs, lora_a, lora_b, scale) is None:
+    if (
+        not torch.compiler.is_compiling()
+        and len(pairs.token) <= PAIRS
+        and _cpu_lacks(x, pairs, lora_a, lora_b, scale) is None
+    ):
         default = "cpu"
     else:
         default = "few" if are_few(pairs) else plan(len(x), pairs.experts, lora_a.shape[1])

@@ -26,7 +26,7 @@ def lora_experts(x: Tensor, pairs: Pairs, lora_a: Tensor, lora_b: Tensor, scale:
     """See :func:`moeforge_kernels.lora_experts.lora_experts`."""
     lists, x, a, b = Lists.of(pairs, scale), library.rows(x), library.rows(lora_a), library.rows(lora_b)
     count, (experts, outputs, rank), (tokens, width) = lists.token.shape[0], b.shape, x.shape
-    low, out = torch.empty(count, rank), torch.empty(tokens, outputs)
+    low, out = library.empty(count, rank), library.empty(tokens, outputs)
     call = library.LoraFew(
         tokens, count, width, outputs, experts, rank, torch.get_num_threads(), *(t.data_ptr() for t in lists), x.data_ptr(), x.stride(0),
         a.data_ptr(), a.stride(0) if a.shape[0] > 1 else 0, a.stride(1), b.data_ptr(), b.stride(0), b.stride(1),
@@ -47,4 +47,6 @@ class Lists(NamedTuple):
     @classmethod
     def of(cls, pairs: Pairs, scale: Tensor) -> Self:
         weight = pairs.weight.detach().float().contiguous()
-        return cls(pairs.token.contiguous(), weight, pairs.offsets.contiguous(), scale.float().contiguous())
+        return cls(
+            pairs.token.long().contiguous(), weight, pairs.offsets.int().contiguous(), scale.float().contiguous()
+        )

@@ -139,7 +139,7 @@ def _forward(gate: Tensor | None, up: Tensor, low_gate: Tensor | None, low_up: T
         gate, up, low_gate, low_up, weight, b_gate, b_up, a_down, scale, share, token, offsets, activation
     )
     mixed = pages.empty(tuple(up.shape), up.dtype)
-    low_down = torch.zeros(len(token), call.r if a_down is not None else 0)
+    low_down = library.empty(len(token), call.r if a_down is not None else 0).zero_()
     call.mixed, call.low_down = mixed.data_ptr(), low_down.data_ptr() if a_down is not None else None
     library.run("lora_forward", call, up.dtype)
     return mixed, low_down.to(up.dtype)
@@ -173,7 +173,7 @@ def _backward(grad: Tensor, grad_low: Tensor | None, gate: Tensor | None, up: Te
         elif number < 2:
             made.append(pages.empty(tuple(tensor.shape), tensor.dtype))
         else:
-            made.append(torch.zeros(tensor.shape))
+            made.append(library.empty(*tensor.shape).zero_())
     to = [tensor.data_ptr() if tensor.numel() else None for tensor in made]
     call.gate.grad_base, call.up.grad_base, call.grad_weight = to[0], to[1], to[4]
     for half, low, b in ((call.gate, to[2], to[5]), (call.up, to[3], to[6])):

@@ -15,12 +15,14 @@ TOKENS = 64
 """T up to which one thread is faster than torch's sort of them all."""
 
 
-def why_not(logits: Tensor, top_k: int, *, bias: Tensor | None, real: Tensor | None, **_: object) -> str | None:
+def why_not(logits: Tensor, top_k: int, *, bias: Tensor | None, real: Tensor | None = None, **_: object) -> str | None:
     """What is in the way, in one sentence."""
+    if torch.compiler.is_compiling():  # before any size is looked at, which would bind the graph to it
+        return "torch.compile sees nothing of it"
     if logits.shape[0] > TOKENS:
         return f"it is for at most {TOKENS} tokens; here are {logits.shape[0]}"
-    if real is not None and real.device.type != "cpu":
-        return f"real is on {real.device.type}"
+    if real is not None and (real.device.type != "cpu" or real.dtype != torch.bool):
+        return f"real is {real.dtype} on {real.device.type}"
     if logits.dtype != torch.float32:
         return f"it computes in float32; the logits are {logits.dtype}"
     return library.lacks_way_there(logits=logits, bias=bias)
@@ -33,8 +35,8 @@ def route(logits: Tensor, top_k: int, *, score: str, select_first: bool, renorma
     if not 0 < top_k <= experts:
         raise ValueError(f"routing: top_k = {top_k} of {experts} experts")
     count = tokens * top_k
-    token, expert, by_token = torch.empty(3, count, dtype=torch.int64)
-    weight, offsets = torch.empty(count), torch.empty(experts, dtype=torch.int32)
+    token, expert, by_token = library.empty(3, count, dtype=torch.int64)
+    weight, offsets = library.empty(count), library.empty(experts, dtype=torch.int32)
     held = (
         logits.contiguous(),
         None if bias is None else bias.contiguous(),

@@ -34,5 +34,5 @@ def weigh(logits: Tensor, index: Tensor, score: str, select_first: bool, renorma
     else:
         weight = scores(logits, score).gather(1, index)
     if renormalise:
-        weight = weight / weight.sum(-1, keepdim=True)
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     return weight * factor

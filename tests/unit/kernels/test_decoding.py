@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from moeforge_kernels import lora_experts, lora_network, routing
 from moeforge_kernels.activations import FUNCTIONS
@@ -228,6 +229,86 @@ def test_when_it_is_chosen():
         lora_experts.lora_experts(mapped[0], weighted, *mapped[2:], backend="cpu")
     found = lora_experts.lora_experts(mapped[0], weighted, *mapped[2:])
     assert found.requires_grad  # another one, as nobody named this one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["double by default", "bfloat16 by default", "another device by default"])
+def test_what_torch_makes_by_default_does_not_matter(kind):
+    """The kernels write to memory of the size that they know."""
+    given, how, logits = network(SIZES[-1]), {"activation": "silu", "rest": True}, random(9, 60, seed=3)
+    mapped = (given[0], given[3], given[4], given[6], given[10])
+
+    def run():
+        made = routing.route(logits, 8, backend="cpu")
+        return [*lora_network.lora_network(*given, **how, backend="cpu"), lora_experts.lora_experts(*mapped, backend="cpu"),
+                made.weight, made.expert, made.offsets, made.by_token]  # fmt: skip
+
+    wanted, before = run(), torch.get_default_dtype()
+    try:
+        if kind == "another device by default":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.float64 if kind.startswith("double") else torch.bfloat16)
+        found = run()
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_transforms_of_functions_take_another_one():
+    given = network(SIZES[1])
+    x, pairs, a, b, scale = given[0], given[3], given[4], given[6], given[10]
+
+    def run(x):
+        return lora_experts.lora_experts(x, pairs, a, b, scale)
+
+    true = lora_experts.lora_experts(*wide((x, pairs, a, b, scale)), backend="reference")
+    tangent = random(*x.shape, seed=5)
+    for found in (torch.func.vmap(run)(x[None])[0], torch.func.jvp(run, (x,), (tangent,))[0], run(x)):
+        torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-5)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(run(forward_ad.make_dual(x.contiguous(), tangent))).tangent is not None
+
+
+@torch.no_grad()
+def test_an_a_without_its_b_or_its_map_changes_nothing():
+    given, how = network((2, 3, 2, 4, 8, 8)), {"activation": "silu", "rest": True}
+    without = {"b_gate": 6, "b_up": 7, "b_down": 9}
+    for position in without.values():
+        lone = [None if at == position else value for at, value in enumerate(given)]
+        check(
+            lora_network.lora_network(*lone, **how, backend="cpu"),
+            lora_network.lora_network(*wide(lone), **how, backend="reference"),
+        )
+    lone = [None if at == 1 else value for at, value in enumerate(given)]
+    check(
+        lora_network.lora_network(*lone, **how, backend="cpu"),
+        lora_network.lora_network(*wide(lone), **how, backend="reference"),
+    )
+
+
+@torch.no_grad()
+def test_one_a_for_all_experts_around_a_network():
+    given, how = network((3, 4, 2, 5, 33, 19)), {"activation": "silu", "rest": True}
+    given[4], given[5] = given[4][:1], given[5][:1]
+    check(
+        lora_network.lora_network(*given, **how, backend="cpu"),
+        lora_network.lora_network(*wide(given), **how, backend="reference"),
+    )
+
+
+@torch.no_grad()
+def test_weights_that_all_vanish_stay_nothing():
+    logits = torch.full((2, 4), -200.0)
+    for name in ("cpu", "reference"):
+        found = routing.route(logits, 2, score="sigmoid", renormalise=True, backend=name)
+        assert found.weight.tolist() == [0.0] * 4
+
+
+def test_masks_are_of_booleans():
+    with torch.no_grad(), pytest.raises(ValueError, match=r"real is torch.int64 on cpu"):
+        routing.route(torch.zeros(2, 4), 2, real=torch.tensor([1, 1]), backend="cpu")
 
 
 def test_torch_compile_sees_through_another_one():

@@ -8,6 +8,7 @@ from moeforge.mixture.config import RouterConfig
 from moeforge.mixture.experts.low_rank import Scales
 from moeforge.mixture.router import Router
 from moeforge_kernels.cpu import library
+from moeforge_kernels.dispatch import using
 from moeforge_kernels.routing import OP
 
 CONFIGS = {
@@ -62,6 +63,55 @@ def test_which_policies_take_the_short_way(name, monkeypatch):
         router(**CONFIGS[name])(torch.randn(1, 12), labels=torch.zeros(1, dtype=torch.long))
     known = ("mixtral", "qwen", "renormalised", "deepseek", "hot", "noisy")
     assert len(asked) == (name in known)
+
+
+ODD = {
+    "nothing is likely": ({"score": "sigmoid", "renormalise": True}, -200.0, 0.0),
+    "no number": ({"order": "select_score"}, torch.nan, 0.0),
+    "never": ({"order": "select_score"}, -torch.inf, 0.0),
+    "switched off": ({"score": "sigmoid", "bias": True, "renormalise": True}, 0.0, -torch.inf),
+}
+"""Config, what most logits are, what is added to the choice of all experts but one."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_logits_lead_to_the_same_place_without_gradients(name, monkeypatch):
+    options, value, bias = ODD[name]
+    made = router(**options)
+    if made.selection_bias is not None:
+        made.selection_bias[1:] = bias
+    logits = torch.zeros(2, 6, requires_grad=True) + torch.tensor([0.3, *[value] * 5])
+    if name == "nothing is likely":
+        logits = logits + value
+    monkeypatch.setattr(made, "scores", lambda *_: logits if torch.is_grad_enabled() else logits.detach())
+    long = made(torch.zeros(2, 12)).pairs
+    with torch.no_grad():
+        short = made(torch.zeros(2, 12)).pairs
+    assert torch.equal(short.expert, long.expert) and torch.equal(short.offsets, long.offsets)
+    torch.testing.assert_close(short.weight, long.weight.detach(), equal_nan=True)
+    if name == "no number":
+        assert short.weight.isnan().any(), "what is no number is seen in the answer"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
+def test_a_wish_for_the_ops_is_not_one_for_the_router(backend):
+    made, x = router(order="select_score"), torch.randn(3, 12)
+    with using(backend):
+        found = made(x).pairs
+        with torch.no_grad():
+            again = made(x).pairs
+    assert torch.equal(found.expert, again.expert) and torch.equal(found.weight, again.weight)
+
+
+def test_a_transform_leaves_nothing_behind():
+    always = Always()
+    torch.func.grad(lambda x: (always(x).pairs.weight * x.sum(-1)).sum())(torch.zeros(4, 5))
+    weight = always(torch.zeros(4, 5)).pairs.weight
+    assert (
+        type(weight) is torch.Tensor
+        and weight.data_ptr()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+    )
 
 
 def test_the_router_that_decides_nothing_says_it_again():

@@ -48,6 +48,7 @@ extern "C" {
 // The sizes of what Python passes, so that a mismatch with its idea of them is found at once.
 int64_t moeforge_call_bytes() { return sizeof(Call); }
 int64_t moeforge_lora_call_bytes() { return sizeof(LoraCall); }
+int64_t moeforge_lora_few_bytes() { return sizeof(LoraFew); }
 int64_t moeforge_lora_network_bytes() { return sizeof(LoraNetwork); }
 int64_t moeforge_route_bytes() { return sizeof(Route); }
 

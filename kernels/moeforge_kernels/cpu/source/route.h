@@ -61,7 +61,7 @@ struct Router {
             for (int64_t slot = 0; slot < c.k; ++slot) w[slot] = score[chosen[slot]];
         float sum = 0;
         for (int64_t slot = 0; slot < c.k; ++slot) sum += w[slot];
-        for (int64_t slot = 0; slot < c.k; ++slot) w[slot] = (c.renormalise ? w[slot] / sum : w[slot]) * float(c.factor);
+        for (int64_t slot = 0; slot < c.k; ++slot) w[slot] = (c.renormalise ? w[slot] / std::max(sum, std::numeric_limits<float>::min()) : w[slot]) * float(c.factor);
         if (c.real && !c.real[t])
             for (int64_t slot = 0; slot < c.k; ++slot) chosen[slot] = c.E, w[slot] = 0;
     }

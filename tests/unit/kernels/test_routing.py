@@ -80,7 +80,7 @@ def test_too_many_experts_for_one_program_are_refused():
     if triton_is_usable("cpu") is None:
         with pytest.raises(ValueError, match="at most 1024 experts, not 2000"):
             route(torch.randn(2, 2000), 2, backend="triton")
-    assert OP.choose(None, torch.randn(2, 2000), 2, bias=None).name == "reference"
+    assert OP.choose(None, torch.randn(2, 2000), 2, bias=None).name != "triton"
 
 
 if __name__ == "__main__":

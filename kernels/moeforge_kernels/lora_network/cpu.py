@@ -4,7 +4,6 @@ the answer. There is no way back: gradients are for other back ends.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..activations import canonical
@@ -17,11 +16,10 @@ from ..pairs import Pairs
 def why_not(x: Tensor, gate: Tensor | None, up: Tensor, pairs: Pairs, a_gate: Tensor | None, a_up: Tensor | None, b_gate: Tensor | None,
              b_up: Tensor | None, a_down: Tensor | None, b_down: Tensor | None, scale: Tensor, **_: object) -> str | None:  # fmt: skip
     """What is in the way, in one sentence."""
-    if torch.compiler.is_compiling():  # before any size is looked at, which would bind the graph to it
-        return "torch.compile sees nothing of it"
+    # before any size is looked at: that would bind torch.compile's graph to it
     reason = library.lacks_way_there(x=x, gate=gate, up=up, a_gate=a_gate, a_up=a_up, b_gate=b_gate, b_up=b_up, a_down=a_down,
                                      b_down=b_down, weight=pairs.weight)  # fmt: skip
-    if pairs.token.shape[0] > PAIRS:
+    if reason is None and pairs.token.shape[0] > PAIRS:
         return f"it is for at most {PAIRS} pairs; here are {pairs.token.shape[0]}"
     return reason or unlike_ranks(b_gate, b_up, a_down)
 

@@ -17,15 +17,16 @@ TOKENS = 64
 
 def why_not(logits: Tensor, top_k: int, *, bias: Tensor | None, real: Tensor | None = None, **_: object) -> str | None:
     """What is in the way, in one sentence."""
-    if torch.compiler.is_compiling():  # before any size is looked at, which would bind the graph to it
-        return "torch.compile sees nothing of it"
+    # before any size is looked at: that would bind torch.compile's graph to it
+    if (reason := library.lacks_way_there(logits=logits, bias=bias)) is not None:
+        return reason
     if logits.shape[0] > TOKENS:
         return f"it is for at most {TOKENS} tokens; here are {logits.shape[0]}"
     if real is not None and (real.device.type != "cpu" or real.dtype != torch.bool):
         return f"real is {real.dtype} on {real.device.type}"
     if logits.dtype != torch.float32:
         return f"it computes in float32; the logits are {logits.dtype}"
-    return library.lacks_way_there(logits=logits, bias=bias)
+    return None
 
 
 def route(logits: Tensor, top_k: int, *, score: str, select_first: bool, renormalise: bool, factor: float, bias: Tensor | None,
